@@ -1,0 +1,205 @@
+"""The small shared types: errors, notes, statistics requests, fold plans, what a target can run.
+
+Everything here is plain data, imported by every layer above and importing none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+DOMAIN = "qcompiler"
+"""Domain of the model-local functions (RMSNorm, Attention, FakeQuant …) that passes see and lowering removes."""
+
+
+class QCompilerError(Exception):
+    """Base of every error a user may meet: one sentence that says what was wrong, where, and what to do."""
+
+
+class ModelError(QCompilerError):
+    """The model cannot be read, traced or brought into canonical form."""
+
+
+class DataError(QCompilerError):
+    """Calibration or evaluation data is empty, not finite, or does not fit the model's inputs."""
+
+
+class OptionError(QCompilerError):
+    """An unknown or impossible scheme, target, pass, observer or option."""
+
+
+class TargetError(QCompilerError):
+    """The target cannot run what the scheme asks for."""
+
+
+class ArtefactError(QCompilerError):
+    """A saved folder cannot be written, read, or migrated."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
+    """The error for a name that is in no table, with the nearest names that are.
+
+    >>> str(unknown("scheme", "w8a9", ["w8a8", "w8a8-dynamic"]))
+    "unknown scheme 'w8a9': did you mean 'w8a8' or 'w8a8-dynamic'? Known: w8a8, w8a8-dynamic."
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? Known" if near else "known"
+    return OptionError(f"unknown {kind} {name!r}: {hint}: {', '.join(known)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """One decision about one node: what was done (or not) and why. The report is made of these."""
+
+    node: str
+    what: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StatRequest:
+    """A statistic that a pass wants of one value; equal requests share one observer.
+
+    Attributes:
+        value: name of the value in the graph.
+        observer: the observer's spelling, e.g. ``"minmax"`` or ``"percentile{percent=99.99}"``.
+        axis: channel axis to keep (``-1``: one result for each channel), or None for one result per tensor.
+    """
+
+    value: str
+    observer: str
+    axis: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FoldPlan:
+    """What a transform did at one site, as data, so that it can be replayed, shown and saved.
+
+    In float the rewrite is the identity: ``x' = (x - shift) / scale`` on the source's side and
+    ``W' = scale[:, None] * W``, ``b' = b + shift @ W`` on the sinks' side.
+
+    Attributes:
+        kind: "fold" (the source's weights absorb it) or "insert" (ops before the sinks do).
+        source: name of the node that absorbs 1/scale, or of the value where ops were inserted.
+        sinks: names of the Linears that absorb scale.
+        scale: float32 [channels] of the source, or None.
+        shift: float32 [channels] of the source, or None.
+        proof: relative error bound of the region's float64 equivalence test (max|a-b| / max|a|).
+    """
+
+    kind: str
+    source: str
+    sinks: tuple[str, ...]
+    scale: npt.NDArray[np.float32] | None
+    shift: npt.NDArray[np.float32] | None = None
+    proof: float = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way in which a target runs a quantized Linear.
+
+    Attributes:
+        name: the operator's name, e.g. "MatMulIntegerToFloat".
+        weight_dtype, weight_granularity: what it takes as weight ("int8", "per_channel").
+        activation_dtype, activation_granularity, dynamic: what it takes as input ("uint8", "per_tensor", False).
+        speed: speed against the target's float32 MatMul at M = 1024 on the machine of the cost table (higher is faster).
+    """
+
+    name: str
+    weight_dtype: str
+    weight_granularity: str
+    activation_dtype: str
+    activation_granularity: str
+    dynamic: bool
+    speed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """What a target can run, as data: handed to passes, which never import a target.
+
+    Attributes:
+        target: the target's name.
+        kernels: the quantized Linears it has.
+        reduce_range: True where u8 x s8 products saturate in 16 bits (x86 without VNNI): weights then keep 7 bits.
+    """
+
+    target: str
+    kernels: tuple[Kernel, ...]
+    reduce_range: bool = False
+
+
+# --- the one text spelling of passes, observers and their options: ``name{key=value,key=value}`` ---------------------
+
+_ITEM = re.compile(r"\s*([\w-]+)\s*(?:\{([^{}]*)\})?\s*(,|$)")
+
+
+def parse_spelling(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Split ``"smooth{alpha=0.5},insert,fold"`` into ``[("smooth", {"alpha": "0.5"}), ("insert", {}), ("fold", {})]``.
+
+    Raises:
+        OptionError: where the text is not of that form.
+    """
+    items: list[tuple[str, dict[str, str]]] = []
+    position = 0
+    while position < len(text):
+        match = _ITEM.match(text, position)
+        if match is None:
+            raise OptionError(f"cannot read {text!r} from {text[position:]!r} on: write name{{key=value,...}},name,...")
+        options = {}
+        for pair in filter(None, (part.strip() for part in (match[2] or "").split(","))):
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise OptionError(f"cannot read option {pair!r} of {match[1]!r}: write {match[1]}{{key=value}}")
+            options[key.strip()] = value.strip()
+        items.append((match[1], options))
+        position = match.end()
+    return items
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+}
+
+
+def build_from_spelling(kind: str, cls: Any, name: str, options: Mapping[str, str]) -> Any:
+    """Make the frozen dataclass ``cls`` from text options; its fields are the options it knows.
+
+    Raises:
+        OptionError: an option that is no field, or a value that does not read as the field's type.
+    """
+    fields = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.init}
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in fields:
+            raise unknown(f"option of {kind} {name!r}", key, fields)
+        annotation = fields[key].replace(" ", "")
+        if text == "none" and annotation.endswith("|None"):
+            values[key] = None
+            continue
+        try:
+            values[key] = _READERS[annotation.removesuffix("|None")](text)
+        except (KeyError, ValueError):
+            raise OptionError(f"option {key}={text} of {kind} {name!r} is not of type {annotation}") from None
+    return cls(**values)
+
+
+def spell(name: str, item: Any) -> str:
+    """The text of a dataclass built by :func:`build_from_spelling`; options at their default are left out."""
+    options = [
+        f"{f.name}={str(value).lower() if isinstance(value, bool) or value is None else value}"
+        for f in dataclasses.fields(item)
+        if f.init and (value := getattr(item, f.name)) != f.default
+    ]
+    return f"{name}{{{','.join(options)}}}" if options else name

@@ -1,0 +1,38 @@
+"""The table of passes; each is loaded when first used. A new pass is one file and one line here."""
+
+from __future__ import annotations
+
+import importlib
+
+from qcompiler.core import build_from_spelling, parse_spelling, unknown
+from qcompiler.passes.base import Pass
+
+PASSES = {
+    "normalise": "qcompiler.passes.normalise:Normalise",
+    "smooth": "qcompiler.passes.smooth:Smooth",
+    "annotate": "qcompiler.passes.annotate:Annotate",
+    "insert": "qcompiler.passes.insert:Insert",
+    "fold": "qcompiler.passes.fold:Fold",
+}
+
+
+def parse_pipeline(text: str) -> list[Pass]:
+    """The passes of ``"smooth{alpha=0.5},insert,fold"``.
+
+    Raises:
+        OptionError: an unknown pass or option, with the nearest names.
+    """
+    return [make_pass(name, options) for name, options in parse_spelling(text)]
+
+
+def make_pass(name: str, options: dict[str, str]) -> Pass:
+    """One pass by its name in the table.
+
+    Raises:
+        OptionError: an unknown pass or option, with the nearest names.
+    """
+    if name not in PASSES:
+        raise unknown("pass", name, PASSES)
+    module, cls = PASSES[name].split(":")
+    built: Pass = build_from_spelling("pass", getattr(importlib.import_module(module), cls), name, options)
+    return built

@@ -1,0 +1,59 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with ``wants`` and ``run``."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from qcompiler.core import Capability, FoldPlan, Note, StatRequest
+from qcompiler.scheme import Scheme
+
+Stats = Mapping[StatRequest, Any]
+"""Results of the observers, by request."""
+
+
+@dataclasses.dataclass
+class Context:
+    """What a pass may know beside the model and its statistics.
+
+    Attributes:
+        scheme: what is to be quantized, and how.
+        capability: what the target can run.
+        seed: for every random choice.
+    """
+
+    scheme: Scheme
+    capability: Capability
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """What a pass did: whether the model changed, its decisions, and the folds it made."""
+
+    changed: bool
+    notes: tuple[Note, ...] = ()
+    plans: tuple[FoldPlan, ...] = ()
+
+
+class Pass(abc.ABC):
+    """One rewrite of the canonical graph. Subclasses are frozen dataclasses; every stage they leave is a valid model.
+
+    ``float_exact`` says that the pass is the identity in float arithmetic: the driver then compares the model's outputs
+    on calibration data before and after.
+    """
+
+    name: ClassVar[str]
+    float_exact: ClassVar[bool] = False
+
+    def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
+        """The statistics this pass needs of the model as it stands; all are collected in one run over the data."""
+        return []
+
+    @abc.abstractmethod
+    def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        """Rewrite ``model`` in place."""

@@ -1,0 +1,30 @@
+"""The table of targets; each is loaded when first used. A new target is one file or folder and one line here."""
+
+from __future__ import annotations
+
+import importlib
+
+from qcompiler.core import OptionError, build_from_spelling, parse_spelling, unknown
+from qcompiler.targets.base import Target
+
+TARGETS = {
+    "ort-cpu": "qcompiler.targets.ort:OrtCpu",
+    "onnx": "qcompiler.targets.portable:Portable",
+}
+
+
+def make_target(text: str) -> Target:
+    """The target of ``"ort-cpu"`` or ``"onnx{form=qoperator}"``.
+
+    Raises:
+        OptionError: an unknown target or option, with the nearest names.
+    """
+    items = parse_spelling(text)
+    if len(items) != 1:
+        raise OptionError(f"one target is wanted, not {text!r}.")
+    name, options = items[0]
+    if name not in TARGETS:
+        raise unknown("target", name, TARGETS)
+    module, cls = TARGETS[name].split(":")
+    target: Target = build_from_spelling("target", getattr(importlib.import_module(module), cls), name, options)
+    return target

@@ -1,0 +1,39 @@
+"""What a target is: what it can run, as data, and a lowering."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qcompiler.core import Capability, Note
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """What a lowering did.
+
+    Attributes:
+        nodes: name of each quantized Linear -> name of the lowered node that computes it (several may share one).
+        notes: decisions: which kernel, which fusion, and what stayed as it was, with the reason.
+    """
+
+    nodes: Mapping[str, str]
+    notes: tuple[Note, ...] = ()
+
+
+class Target(abc.ABC):
+    """A place where compiled models run. Subclasses are frozen dataclasses; their fields are the target's options."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def capability(self) -> Capability:
+        """What this target can run on this machine."""
+
+    @abc.abstractmethod
+    def lower(self, model: ir.Model) -> Lowered:
+        """Rewrite the folded canonical graph in place to the target's operators; no function of ours is left."""
