@@ -6,7 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from qcompiler.graph.edit import array_of, sole_user
+from qcompiler.graph.edit import sole_user
 from qcompiler.graph.functions import FAKE_QUANT, is_call
 
 
@@ -19,7 +19,8 @@ class Linear:
         matmul: the MatMul node.
         x: the activation it reads, before any fake-quant; [..., in_features].
         weight: the initializer [in_features, out_features]: float, or int8 after ``fold``.
-        bias: the initializer [out_features] that the Add reads, or None.
+        bias: the value [out_features] that the Add reads, or None: an initializer, or the DequantizeLinear of one after
+            ``fold{bias=int32}``.
         output: what the rest of the graph reads: the Add's output, or the MatMul's where there is no bias.
         activation_quant: the FakeQuant* call between x and the MatMul, or None.
         weight_quant: the FakeQuant call (after ``insert``) or DequantizeLinear (after ``fold``) on the weight, or None.
@@ -79,8 +80,11 @@ def _bias(matmul: ir.Node, out_features: int) -> tuple[ir.Value | None, ir.Node 
     if add is None or add.op_type != "Add" or add.domain != "":
         return None, None
     other = add.inputs[1] if add.inputs[0] is matmul.outputs[0] else add.inputs[0]
-    array = array_of(other) if other is not None and other.is_initializer() else None
-    return (other, add) if array is not None and array.shape == (out_features,) else (None, None)
+    producer = other.producer() if other is not None else None
+    stored = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else other
+    if stored is None or not stored.is_initializer() or stored.shape is None:
+        return None, None
+    return (other, add) if stored.shape.dims == (out_features,) else (None, None)
 
 
 def linears(model: ir.Model) -> list[Linear]:

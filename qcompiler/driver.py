@@ -1,0 +1,225 @@
+"""compile(): the one place that wires a run together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompiler import passes as pass_table
+from qcompiler.calibration.collect import collect
+from qcompiler.core import Capability, DataError, FoldPlan, ModelError, Note, OptionError, TargetError
+from qcompiler.frontends import Source, open_data, open_source
+from qcompiler.frontends.data import Batches
+from qcompiler.graph import canonical
+from qcompiler.graph.linear import linears
+from qcompiler.graph.run import save_model
+from qcompiler.graph.verify import compare_outputs
+from qcompiler.passes.base import Context, Pass
+from qcompiler.report import build as build_report
+from qcompiler.report.progress import Stages
+from qcompiler.runtime.compiled import CompiledModel, refuse_existing
+from qcompiler.scheme import Scheme, resolve
+from qcompiler.targets import make_target
+from qcompiler.targets.ort.readback import integer_coverage
+
+FLOAT_TOLERANCE = 1e-4
+"""Relative difference of the model's outputs that a float-exact pass may leave; measured ones are below 1e-5."""
+
+
+def compile(
+    model: Any,
+    *,
+    scheme: str | Scheme = "w8a8",
+    target: str = "ort-cpu",
+    calibration: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    passes: str | None = None,
+    ignore: Sequence[str] = (),
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    seed: int = 0,
+    limit: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    force: bool = False,
+    dump: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> CompiledModel:
+    """Quantize a float Transformer and lower it to integer operators.
+
+    Args:
+        model: torch.nn.Module, torch.export.ExportedProgram, path of an ``.onnx`` file or of a Hugging Face folder,
+            onnx.ModelProto, or onnx_ir.Model. It is not changed.
+        scheme: a preset's name (``qcompiler.scheme.PRESETS``) or a Scheme.
+        target: "ort-cpu", "onnx" or "onnx{form=qoperator}".
+        calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list of
+            sentences, or a folder of images. Dynamic schemes run without it (and then without ``smooth``).
+        output: a folder to save to; it must not exist, unless ``force``.
+        passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
+        ignore: globs over Linear names that stay in float.
+        example_inputs, dynamic_shapes: for torch modules where they cannot be derived.
+        seed: for every random choice.
+        limit, seq_len, batch_size: how many calibration samples, of how many tokens, at once.
+        dump: a folder where the model is saved after every pass.
+        trust_remote_code: let a Hugging Face folder run its own code.
+        progress: show what is going on, on stderr.
+
+    Returns:
+        The compiled model with its report.
+
+    Raises:
+        QCompilerError: one of its kinds, with one sentence, where model, data or options cannot be used.
+    """
+    chosen = resolve(scheme, tuple(ignore))
+    backend = make_target(target)
+    capability = backend.capability()
+    _check_target(chosen, capability)
+    if output is not None:
+        refuse_existing(Path(output), force)
+    pipeline = pass_table.parse_pipeline(passes if passes is not None else default_passes(chosen, calibration is not None))
+    stages = Stages(progress)
+
+    with stages("open"):
+        source = open_source(
+            model,
+            example_inputs=example_inputs,
+            dynamic_shapes=dynamic_shapes,
+            trust_remote_code=trust_remote_code,
+        )
+        batches = (
+            open_data(calibration, source, limit=limit, seq_len=seq_len, batch_size=batch_size)
+            if calibration is not None
+            else None
+        )
+    work = _Work(source, batches, Context(chosen, capability, seed), stages, Path(dump) if dump is not None else None)
+    work.apply(pass_table.make_pass("normalise", {}))
+    if not linears(work.model):
+        raise ModelError(f"{source.name} has no Linear (a MatMul or Gemm with a constant 2-D weight): nothing to quantize.")
+    _check_ignore(work.model, chosen)
+    canonical_float = work.model.clone()
+    for item in pipeline:
+        work.apply(item)
+    canonical_quantized = work.model.clone()
+    with stages("lower"):
+        lowered = backend.lower(work.model)
+        coverage = integer_coverage(work.model, lowered, canonical_quantized)
+    with stages("report"):
+        report = build_report(
+            source=source,
+            scheme=chosen,
+            float_model=canonical_float,
+            quantized_model=canonical_quantized,
+            lowered_model=work.model,
+            notes=(*source.notes, *work.notes, *lowered.notes),
+            plans=tuple(work.plans),
+            coverage=coverage,
+            batches=batches,
+            stages=stages,
+        )
+    compiled = CompiledModel(
+        model=work.model,
+        recipe=_recipe(source, chosen, pipeline, target, batches, seed),
+        report=report,
+        plans=tuple(work.plans),
+        tokenizer=source.tokenizer,
+    )
+    if output is not None:
+        compiled.save(output, force=force)
+    return compiled
+
+
+def default_passes(scheme: Scheme, calibrated: bool) -> str:
+    """The pipeline of a scheme: ``smooth`` needs calibration data, and activations to smooth."""
+    return "smooth,annotate,insert,fold" if calibrated and scheme.activation is not None else "annotate,insert,fold"
+
+
+class _Work:
+    """The model on its way through the passes, with what they decided."""
+
+    def __init__(
+        self, source: Source, batches: Batches | None, context: Context, stages: Stages, dump: Path | None
+    ) -> None:
+        self.model: ir.Model = source.model
+        self.batches = batches
+        self.context = context
+        self.stages = stages
+        self.dump = dump
+        self.notes: list[Note] = []
+        self.plans: list[FoldPlan] = []
+        self._count = 0
+
+    def apply(self, item: Pass) -> None:
+        """Collect what the pass wants, run it, and check what it left."""
+        with self.stages(item.name):
+            requests = item.wants(self.model, self.context)
+            if requests and self.batches is None:
+                raise DataError(
+                    f"pass {item.name!r} needs activation statistics: give calibration data, or choose a dynamic scheme."
+                )
+            stats = (
+                collect(self.model, self.batches, requests, seed=self.context.seed, progress=self.stages.progress)
+                if requests and self.batches is not None
+                else {}
+            )
+            before = self.model.clone() if item.float_exact and self.batches is not None else None
+            result = item.run(self.model, stats, self.context)
+            canonical.check(self.model)
+            if before is not None and self.batches is not None and result.changed:
+                self._check_exact(item, before)
+        self.notes += result.notes
+        self.plans += result.plans
+        if self.dump is not None:
+            folder = self.dump / f"{self._count:02d}-{item.name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, folder / "model.onnx")
+        self._count += 1
+
+    def _check_exact(self, item: Pass, before: ir.Model) -> None:
+        assert self.batches is not None
+        difference = compare_outputs(before, self.model, self.batches)
+        if not difference <= FLOAT_TOLERANCE:
+            raise ModelError(
+                f"pass {item.name!r} changed the model's float outputs by {difference:.1e} (allowed {FLOAT_TOLERANCE:.0e}): "
+                "leave it out with passes=..., and please report the model."
+            )
+        self.notes.append(Note(item.name, "outputs compared", f"relative difference {difference:.1e} on calibration data"))
+
+
+def _check_target(scheme: Scheme, capability: Capability) -> None:
+    """Refuse a scheme that no kernel of the target runs."""
+    for spec in (scheme.activation, scheme.fallback):
+        if spec is not None and kernel_for(capability, scheme.weight, spec) is None:
+            offered = "; ".join(f"{k.weight_dtype} {k.weight_granularity} x {k.activation_dtype} {k.activation_granularity}" for k in capability.kernels)
+            raise TargetError(
+                f"target {capability.target!r} cannot run scheme {scheme.name!r}: it has no Linear of weight {scheme.weight} with "
+                f"activation {spec}; it has {offered}."
+            )
+
+
+def _check_ignore(model: ir.Model, scheme: Scheme) -> None:
+    """An ignore glob that matches nothing is a mistake the user wants to hear of."""
+    names = [linear.name for linear in linears(model)]
+    for glob in scheme.ignore:
+        if not fnmatch.filter(names, glob):
+            raise OptionError(f"ignore={glob!r} matches no Linear; their names look like {names[0]!r} (qcompiler inspect lists them).")
+
+
+def _recipe(
+    source: Source, scheme: Scheme, pipeline: Sequence[Pass], target: str, batches: Batches | None, seed: int
+) -> dict[str, Any]:
+    """What makes this artefact again, as JSON-ready data; the same input gives the same recipe."""
+    return {
+        "version": RECIPE_VERSION,
+        "qcompiler": __version__,
+        "source": {"name": source.name, "kind": source.kind, "sha256": source.sha256},
+        "scheme": scheme.to_json(),
+        "passes": ",".join(spell(item.name, item) for item in pipeline),
+        "target": target,
+        "seed": seed,
+        "calibration": {"samples": batches.samples} if batches is not None else None,
+    }

@@ -1,0 +1,118 @@
+"""insert: put a fake-quant where ``annotate`` said, on the weight and on the input of each Linear."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.core import DOMAIN, StatRequest
+from qcompiler.graph.edit import add_initializer, array_of, insert_node
+from qcompiler.graph.functions import ensure_function
+from qcompiler.graph.linear import Linear, linears
+from qcompiler.numerics.affine import quantize_weight, scale_zero_point
+from qcompiler.passes.annotate import annotated
+from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.scheme import TensorSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Insert(Pass):
+    """Simulate the integers in float: MatMul(FakeQuant(x), FakeQuant(W)).
+
+    Weight scales come from the weight itself; static activation scales from the observer that the TensorSpec names. One
+    fake-quant serves all Linears that read the same value with the same spec.
+    """
+
+    name: ClassVar[str] = "insert"
+
+    def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
+        return [_request(linear, spec) for linear, _, spec in _quantized(model) if spec and not spec.dynamic]
+
+    def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        shared: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
+        changed = False
+        for linear, weight_spec, activation_spec in list(_quantized(model)):
+            _insert_on_weight(model, linear, weight_spec, ctx.capability.reduce_range)
+            if activation_spec is not None:
+                key = (linear.x, activation_spec)
+                if key not in shared:
+                    shared[key] = _insert_on_activation(model, linear, activation_spec, stats)
+                linear.matmul.replace_input_with(0, shared[key])
+            changed = True
+        return PassResult(changed)
+
+
+def _quantized(model: ir.Model) -> Iterator[tuple[Linear, TensorSpec, TensorSpec | None]]:
+    for linear in linears(model):
+        weight, activation = annotated(linear)
+        if weight is not None and linear.weight_quant is None:
+            yield linear, weight, activation
+
+
+def _request(linear: Linear, spec: TensorSpec) -> StatRequest:
+    return StatRequest(linear.x.name or "", spec.observer)
+
+
+def _insert_on_weight(model: ir.Model, linear: Linear, spec: TensorSpec, reduce_range: bool) -> None:
+    array = array_of(linear.weight)
+    assert array is not None
+    _, scale = quantize_weight(array, spec, reduce_range)
+    _fake_quant(model, linear.matmul, 1, linear.weight, scale, np.zeros(scale.shape, np.int8))
+
+
+def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, stats: Stats) -> ir.Value:
+    if spec.dynamic:
+        function = {"per_token": "FakeQuantPerToken", "per_tensor": "FakeQuantPerTensor"}[spec.granularity]
+        return _call(model, _first_reader(linear), function, [linear.x], f"{linear.x.name}_{spec.granularity}")
+    low, high = stats[_request(linear, spec)]
+    scale, zero_point = scale_zero_point(low, high, spec)
+    return _fake_quant(
+        model,
+        _first_reader(linear),
+        None,
+        linear.x,
+        np.asarray(scale, np.float32),
+        np.asarray(zero_point, np.dtype(spec.dtype)),
+    )
+
+
+def _first_reader(linear: Linear) -> ir.Node:
+    """The first node in graph order that reads x, so that the shared fake-quant stands before all its readers."""
+    graph = linear.matmul.graph
+    readers = {node for node, _ in linear.x.uses()}
+    assert isinstance(graph, ir.Graph)
+    return next(node for node in graph if node in readers)
+
+
+def _fake_quant(
+    model: ir.Model,
+    before: ir.Node,
+    index: int | None,
+    value: ir.Value,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+) -> ir.Value:
+    graph = model.graph
+    inputs = [
+        value,
+        add_initializer(graph, f"{value.name}_scale", scale),
+        add_initializer(graph, f"{value.name}_zero_point", zero_point),
+    ]
+    output = _call(model, before, "FakeQuant", inputs, f"{value.name}_fake_quant", axis=1)
+    if index is not None:
+        before.replace_input_with(index, output)
+    return output
+
+
+def _call(
+    model: ir.Model, before: ir.Node, function: str, inputs: list[ir.Value], name: str, **attributes: int
+) -> ir.Value:
+    ensure_function(model, function)
+    node = insert_node(
+        model.graph, before, function, inputs, domain=DOMAIN, attributes=attributes, name=name, like=inputs[0]
+    )
+    return node.outputs[0]
