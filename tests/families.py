@@ -1,8 +1,8 @@
-"""Tiny two-layer models of the architectures that qcompiler is tested on, with random weights, exported once and cached.
+"""Tiny two-layer models of the architectures that qcompiler is tested on: random weights, exported once, cached.
 
-``FAMILIES[name]()`` builds the torch module; ``exported(name)`` is the raw dynamo export of it (``optimize=False``, opset 21);
-``feeds(name, batch, seq, seed)`` are inputs for either. Weights come from a seeded generator, norms and biases included: a
-model whose norms are all ones and whose biases are zero would hide half of all mistakes.
+``FAMILIES[name]()`` builds the torch module; ``exported(name)`` is its raw dynamo export (``optimize=False``, opset 21);
+``feeds(name, batch, seq, seed)`` are inputs for either. Weights come from a seeded generator, norms and biases
+included: a model whose norms are all ones and whose biases are zero would hide half of all mistakes.
 
 Every module takes its inputs by position in the order of ``INPUTS[name]`` and returns one tensor, ``OUTPUT[name]``.
 """
@@ -212,7 +212,7 @@ def _randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def _single_output(model: Any) -> torch.nn.Module:
-    """The model as a module that returns one tensor; the parameters keep the model's names behind a ``model.`` prefix."""
+    """The model as a module that returns one tensor; parameters keep their names behind a ``model.`` prefix."""
     import torch
 
     class Text(torch.nn.Module):
@@ -257,7 +257,9 @@ def feeds(name: str, batch: int = 2, seq: int = 16, seed: int = 0) -> dict[str, 
 
 def cache_folder() -> Path:
     """Where exports are kept: one folder for each set of versions and each version of this file."""
-    versions = "-".join(importlib.metadata.version(p) for p in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript"))
+    versions = "-".join(
+        importlib.metadata.version(p) for p in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+    )
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     root = os.environ.get("QCOMPILER_TEST_CACHE")
     return (Path(root) if root else Path.home() / ".cache/qcompiler/test-families") / f"{versions}-{recipe}"
