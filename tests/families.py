@@ -1,6 +1,6 @@
 """Tiny two-layer models of the architectures that qcompiler is tested on: random weights, exported once, cached.
 
-``FAMILIES[name]()`` builds the torch module; ``exported(name)`` is its raw dynamo export (``optimize=False``, opset 21);
+``FAMILIES[name]()`` builds the torch module; ``exported(name)`` is its dynamo export (``optimize=False``, opset 21);
 ``feeds(name, batch, seq, seed)`` are inputs for either. Weights come from a seeded generator, norms and biases
 included: a model whose norms are all ones and whose biases are zero would hide half of all mistakes.
 
