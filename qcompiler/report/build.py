@@ -53,8 +53,8 @@ def build(
         float_model: the canonical float graph; outputs and size are compared with it.
         quantized_model: the canonical graph after ``fold``, before lowering.
         lowered_model: what the target made of it; its outputs are measured.
-        transformed_model: the float graph just before ``insert``, with smooth's folds applied; with it the error of each
-            Linear alone is told beside the accumulated one. None: ``float_model`` serves.
+        transformed_model: the float graph just before ``insert``, with smooth's folds applied; with it the error of
+            each Linear alone is told beside the accumulated one. None: ``float_model`` serves.
         notes, plans: what passes and target decided.
         coverage: the read-back of the optimised graph.
         batches: calibration feeds; None: nothing is measured.

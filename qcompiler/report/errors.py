@@ -57,8 +57,8 @@ def layer_errors(
     """Measure the output of every quantized Linear against the float graph.
 
     Args:
-        float_model: the canonical float graph, as it was just before ``insert`` (transforms applied): then every Linear's
-            error alone can be told too. With the graph from before the transforms, only accumulated errors are.
+        float_model: the canonical float graph, as it was just before ``insert`` (transforms applied): then every
+            Linear's error alone can be told too. With the graph from before the transforms, only accumulated errors.
         quantized: the canonical graph with fake-quant, before lowering; neither graph is changed.
         batches: feeds; rows where ``attention_mask`` is 0 do not count.
         samples: stop after that many samples (entries of the leading axis).
@@ -146,6 +146,9 @@ def sliced(batches: Iterable[Feeds], samples: int, rows: int = SLICE) -> Iterato
         left -= count
 
 
+_Taps = dict[tuple[str, str], tuple[str, str]]
+
+
 def _side_by_side(
     float_model: ir.Model, quantized: ir.Model
 ) -> tuple[ir.Model, dict[tuple[str, str], tuple[str, str]]]:
@@ -159,7 +162,7 @@ def _side_by_side(
     ]
     graph = merged.graph
     graph.outputs.clear()
-    taps: dict[tuple[str, str], tuple[str, str]] = {}
+    taps: _Taps = {}
     fake_quants: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
     for copy in copies:
         linear = reference[copy.name]
@@ -214,7 +217,7 @@ def _adopt(merged: ir.Model, other: ir.Model) -> list[Linear]:
 def _alone(
     graph: ir.Graph, linear: Linear, copy: Linear, fake_quants: dict[tuple[ir.Node, ir.Value], ir.Value]
 ) -> ir.Value | None:
-    """The MatMul's output with this Linear quantized and a float input, or None where weight or input are not the same."""
+    """The MatMul's output with this Linear quantized on a float input, or None: another weight or input than in float."""
     assert copy.weight_quant is not None
     if copy.x.name not in (linear.x.name, _PREFIX + (linear.x.name or "")):  # graph inputs have no prefix
         return None

@@ -1,0 +1,194 @@
+"""target="onnx": plain standard ONNX at opset 21, for any runtime that follows the standard; no contrib domain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.core import Capability, Kernel, Note, unknown
+from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
+from qcompiler.graph.functions import inline_functions, is_call
+from qcompiler.graph.linear import Linear, linears
+from qcompiler.targets.base import Lowered, Target
+
+FORMS = ("qdq", "qoperator")
+
+
+@dataclasses.dataclass(frozen=True)
+class Portable(Target):
+    """Standard operators only.
+
+    ``form="qdq"``: a static Linear stays ``MatMul`` between QuantizeLinear / DequantizeLinear on its input and
+    DequantizeLinear on its int8 weight: what runtimes with their own integer fusion want to see.
+
+    ``form="qoperator"``: a static Linear becomes an integer operator. QLinearMatMul also quantizes its *output*, which
+    costs accuracy and needs an output range; it is taken only where the graph quantizes that very value anyway (no bias,
+    its one reader is a static fake-quant), so that nothing is lost. Elsewhere MatMulInteger gives the exact int32 sums,
+    which Cast and Mul(s_x · s_w) turn into the same float numbers as the fake-quantized graph.
+
+    In both forms dynamic Linears are MatMulInteger: behind DynamicQuantizeLinear (per tensor), or behind row maximum,
+    Div and QuantizeLinear with scale 1 and zero point 128 (per token), for which ONNX has no one operator.
+    """
+
+    name: ClassVar[str] = "onnx"
+    form: str = "qdq"
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise unknown("form of target 'onnx'", self.form, FORMS)
+
+    def capability(self) -> Capability:
+        """What the standard can express. ``speed`` is 1 throughout: how fast it is depends on the runtime."""
+        static = "MatMul between QuantizeLinear / DequantizeLinear" if self.form == "qdq" else "MatMulInteger"
+        kernels = []
+        for weight in ("per_channel", "per_tensor"):
+            kernels += [
+                Kernel(static, "int8", weight, "uint8", "per_tensor", False, 1.0),
+                Kernel(static, "int8", weight, "int8", "per_tensor", False, 1.0),
+                Kernel("MatMulInteger", "int8", weight, "uint8", "per_token", True, 1.0),
+                Kernel("MatMulInteger", "int8", weight, "uint8", "per_tensor", True, 1.0),
+            ]
+        return Capability(self.name, tuple(kernels))
+
+    def lower(self, model: ir.Model) -> Lowered:
+        """Rewrite in place; afterwards the model has no function and no domain but the standard one (see ``Lowered``)."""
+        nodes: dict[str, str] = {}
+        notes: list[Note] = []
+        inputs: dict[ir.Node, _Integers] = {}
+        for linear in linears(model):
+            if linear.weight_quant is None or linear.weight_quant.op_type != "DequantizeLinear":
+                continue
+            nodes[linear.name] = linear.name
+            if linear.activation_quant is None:
+                notes.append(Note(linear.name, "DequantizeLinear + MatMul", "its input is float: weight-only"))
+            elif self.form == "qdq" and is_call(linear.activation_quant, "FakeQuant"):
+                notes.append(Note(linear.name, "QuantizeLinear / DequantizeLinear + MatMul", "form=qdq"))
+            else:
+                notes.append(_to_integers(model.graph, linear, inputs))
+        remove_dead(model)
+        inline_functions(model)
+        remove_dead(model)
+        return Lowered(nodes, tuple(notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Integers:
+    """A quantized activation: the integers, their zero point, and their scale (scalar, or [..., 1] by row)."""
+
+    values: ir.Value
+    zero_point: ir.Value
+    scale: ir.Value
+    by_row: bool
+
+
+def _to_integers(graph: ir.Graph, linear: Linear, inputs: dict[ir.Node, _Integers]) -> Note:
+    """Replace the MatMul by an integer one of the same name whose output keeps the old one's name."""
+    quant, dequantize = linear.activation_quant, linear.weight_quant
+    assert quant is not None and dequantize is not None
+    if quant not in inputs:
+        inputs[quant] = _quantize_input(graph, quant)
+    x = inputs[quant]
+    name, old = linear.name, linear.matmul
+    output_name = old.outputs[0].name
+    after = _requantized_anyway(linear)
+    if after is not None and not x.by_row and is_call(quant, "FakeQuant"):
+        _to_qlinear(graph, linear, x, after, inputs)
+        return Note(name, "QLinearMatMul", "its one reader quantizes the output by the same scale")
+    columns = array_of(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    operands: list[ir.Value | None] = [x.values, linear.weight, x.zero_point]
+    if columns is not None and columns.any():
+        operands.append(dequantize.inputs[2])
+    old.name = f"{name}.float"
+    product = insert_node(graph, old, "MatMulInteger", operands, name=name)
+    product.outputs[0].name = f"{name}.int32"
+    kind = old.outputs[0].dtype or ir.DataType.FLOAT
+    cast = insert_node(graph, old, "Cast", product.outputs, attributes={"to": int(kind)}, name=f"{name}.cast")
+    result = _rescale(graph, old, cast.outputs[0], x, dequantize.inputs[1])
+    result.type, result.shape = old.outputs[0].type, old.outputs[0].shape
+    replace_value(old.outputs[0], result)
+    graph.remove(old, safe=True)
+    result.name = output_name
+    return Note(name, "MatMulInteger", "exact int32 sums, rescaled in float: no output range is needed")
+
+
+def _rescale(graph: ir.Graph, before: ir.Node, sums: ir.Value, x: _Integers, w_scale: ir.Value | None) -> ir.Value:
+    """sums · s_x · s_w, in as few passes over the output as the scales allow."""
+    name = before.name or ""
+    constant, s_w = array_of(x.scale), array_of(w_scale)
+    assert s_w is not None
+    if x.by_row:
+        columns = insert_node(graph, before, "Mul", [sums, w_scale], name=f"{name}.columns")
+        return insert_node(graph, before, "Mul", [columns.outputs[0], x.scale], name=f"{name}.rows").outputs[0]
+    if constant is not None:
+        factor: ir.Value = add_initializer(graph, f"{name}.scale", (constant * s_w).astype(s_w.dtype))
+    else:
+        factor = insert_node(graph, before, "Mul", [x.scale, w_scale], name=f"{name}.scale").outputs[0]
+    return insert_node(graph, before, "Mul", [sums, factor], name=f"{name}.scaled").outputs[0]
+
+
+def _quantize_input(graph: ir.Graph, quant: ir.Node) -> _Integers:
+    """The integers behind a FakeQuant* call, made where the call stands."""
+    x = quant.inputs[0]
+    assert x is not None
+    name = f"{x.name}.quantized"
+    if is_call(quant, "FakeQuant"):
+        node = insert_node(graph, quant, "QuantizeLinear", quant.inputs, name=name)
+        scale, zero_point = quant.inputs[1:3]
+        assert scale is not None and zero_point is not None
+        return _Integers(node.outputs[0], zero_point, scale, False)
+    if is_call(quant, "FakeQuantPerTensor"):
+        node = insert_node(graph, quant, "DynamicQuantizeLinear", [x], outputs=3, name=name)
+        values, scale, zero_point = node.outputs
+        return _Integers(values, zero_point, scale, False)
+    return _quantize_rows(graph, quant, x, name)
+
+
+def _quantize_rows(graph: ir.Graph, quant: ir.Node, x: ir.Value, name: str) -> _Integers:
+    """Per token, symmetric: the same operations as FakeQuantPerToken, the integers kept as uint8 about 128."""
+
+    def step(op_type: str, inputs: Sequence[ir.Value | None], suffix: str, **attributes: int) -> ir.Value:
+        return insert_node(graph, quant, op_type, inputs, attributes=attributes, name=f"{name}.{suffix}").outputs[0]
+
+    def constant(suffix: str, number: np.ndarray | np.generic) -> ir.Value:
+        return add_initializer(graph, f"{name}.{suffix}", np.asarray(number))
+
+    dtype = x.dtype.numpy() if x.dtype is not None else np.dtype(np.float32)
+    magnitude = step("Abs", [x], "magnitude")
+    largest = step("ReduceMax", [magnitude, constant("axes", np.array([-1], np.int64))], "largest", keepdims=1)
+    positive = step("Max", [largest, constant("tiny", dtype.type(1e-30))], "positive")
+    scale = step("Div", [positive, constant("steps", dtype.type(127))], "scale")
+    grid = step("Div", [x, scale], "grid")
+    zero_point = constant("zero_point", np.uint8(128))
+    return _Integers(
+        step("QuantizeLinear", [grid, constant("one", dtype.type(1)), zero_point], "rows"), zero_point, scale, True
+    )
+
+
+def _requantized_anyway(linear: Linear) -> ir.Node | None:
+    """The static per-tensor fake-quant that alone reads this Linear's output, where there is no bias between."""
+    reader = sole_user(linear.output)
+    if linear.add is not None or reader is None or not is_call(reader, "FakeQuant"):
+        return None
+    scale = array_of(reader.inputs[1])
+    return reader if scale is not None and scale.ndim == 0 else None
+
+
+def _to_qlinear(
+    graph: ir.Graph, linear: Linear, x: _Integers, after: ir.Node, inputs: dict[ir.Node, _Integers]
+) -> None:
+    assert linear.weight_quant is not None
+    s_w, z_w = linear.weight_quant.inputs[1:3]
+    s_y, z_y = after.inputs[1:3]
+    assert s_y is not None and z_y is not None
+    old = linear.matmul
+    old.name = f"{linear.name}.float"
+    operands = [x.values, x.scale, x.zero_point, linear.weight, s_w, z_w, s_y, z_y]
+    product = insert_node(graph, old, "QLinearMatMul", operands, name=linear.name)
+    product.outputs[0].name = f"{linear.name}.uint8"
+    back = insert_node(graph, after, "DequantizeLinear", [product.outputs[0], s_y, z_y], name=f"{linear.name}.back")
+    inputs[after] = _Integers(product.outputs[0], z_y, s_y, False)
+    replace_value(after.outputs[0], back.outputs[0])
