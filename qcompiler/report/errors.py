@@ -217,7 +217,7 @@ def _adopt(merged: ir.Model, other: ir.Model) -> list[Linear]:
 def _alone(
     graph: ir.Graph, linear: Linear, copy: Linear, fake_quants: dict[tuple[ir.Node, ir.Value], ir.Value]
 ) -> ir.Value | None:
-    """The MatMul's output with this Linear quantized on a float input, or None: another weight or input than in float."""
+    """The MatMul's output with this Linear quantized on a float input; None where weight or input differ from float."""
     assert copy.weight_quant is not None
     if copy.x.name not in (linear.x.name, _PREFIX + (linear.x.name or "")):  # graph inputs have no prefix
         return None
@@ -263,7 +263,7 @@ def _squares(graph: ir.Graph, reference: ir.Value, other: ir.Value, name: str) -
 def _append(graph: ir.Graph, op_type: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
     if op_type == "ReduceSumSquare":
         axes = ir.tensor(np.array([-1], np.int64), name=f"{name}:axes")
-        constant = ir.Value(name=axes.name, type=ir.TensorType(axes.dtype), shape=axes.shape, const_value=axes)
+        constant = ir.Value(name=axes.name, type=ir.TensorType(axes.dtype), shape=ir.Shape([1]), const_value=axes)
         graph.register_initializer(constant)
         inputs = [*inputs, constant]
     node = ir.node(op_type, inputs, attributes=attributes, name=name)

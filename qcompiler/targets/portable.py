@@ -26,9 +26,9 @@ class Portable(Target):
     DequantizeLinear on its int8 weight: what runtimes with their own integer fusion want to see.
 
     ``form="qoperator"``: a static Linear becomes an integer operator. QLinearMatMul also quantizes its *output*, which
-    costs accuracy and needs an output range; it is taken only where the graph quantizes that very value anyway (no bias,
-    its one reader is a static fake-quant), so that nothing is lost. Elsewhere MatMulInteger gives the exact int32 sums,
-    which Cast and Mul(s_x · s_w) turn into the same float numbers as the fake-quantized graph.
+    costs accuracy and needs an output range; it is taken only where the graph quantizes that very value anyway (no
+    bias, its one reader is a static fake-quant), so that nothing is lost. Elsewhere MatMulInteger gives the exact int32
+    sums, which Cast and Mul(s_x · s_w) turn into the same float numbers as the fake-quantized graph.
 
     In both forms dynamic Linears are MatMulInteger: behind DynamicQuantizeLinear (per tensor), or behind row maximum,
     Div and QuantizeLinear with scale 1 and zero point 128 (per token), for which ONNX has no one operator.
@@ -55,7 +55,7 @@ class Portable(Target):
         return Capability(self.name, tuple(kernels))
 
     def lower(self, model: ir.Model) -> Lowered:
-        """Rewrite in place; afterwards the model has no function and no domain but the standard one (see ``Lowered``)."""
+        """Rewrite in place; afterwards the model has no function and no domain but the standard one."""
         nodes: dict[str, str] = {}
         notes: list[Note] = []
         inputs: dict[ir.Node, _Integers] = {}
@@ -88,7 +88,8 @@ class _Integers:
 def _to_integers(graph: ir.Graph, linear: Linear, inputs: dict[ir.Node, _Integers]) -> Note:
     """Replace the MatMul by an integer one of the same name whose output keeps the old one's name."""
     quant, dequantize = linear.activation_quant, linear.weight_quant
-    assert quant is not None and dequantize is not None
+    assert quant is not None
+    assert dequantize is not None
     if quant not in inputs:
         inputs[quant] = _quantize_input(graph, quant)
     x = inputs[quant]
@@ -138,7 +139,8 @@ def _quantize_input(graph: ir.Graph, quant: ir.Node) -> _Integers:
     if is_call(quant, "FakeQuant"):
         node = insert_node(graph, quant, "QuantizeLinear", quant.inputs, name=name)
         scale, zero_point = quant.inputs[1:3]
-        assert scale is not None and zero_point is not None
+        assert scale is not None
+        assert zero_point is not None
         return _Integers(node.outputs[0], zero_point, scale, False)
     if is_call(quant, "FakeQuantPerTensor"):
         node = insert_node(graph, quant, "DynamicQuantizeLinear", [x], outputs=3, name=name)
@@ -183,7 +185,8 @@ def _to_qlinear(
     assert linear.weight_quant is not None
     s_w, z_w = linear.weight_quant.inputs[1:3]
     s_y, z_y = after.inputs[1:3]
-    assert s_y is not None and z_y is not None
+    assert s_y is not None
+    assert z_y is not None
     old = linear.matmul
     old.name = f"{linear.name}.float"
     operands = [x.values, x.scale, x.zero_point, linear.weight, s_w, z_w, s_y, z_y]

@@ -1,0 +1,125 @@
+"""The files of a saved folder: written beside and renamed, sized, fold plans as safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from qcompiler.core import ArtefactError, FoldPlan
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+RECIPE = "recipe.json"
+REPORT = "report.json"
+REPORT_TEXT = "report.md"
+FOLDS = "folds.safetensors"
+TOKENIZER = "tokenizer.json"
+SIZED = (MODEL, DATA, FOLDS, TOKENIZER)
+"""Files whose size the recipe records, so that a truncated one is noticed."""
+
+
+def refuse_existing(folder: Path, force: bool) -> None:
+    """Say no before any work is done.
+
+    Raises:
+        ArtefactError: the folder exists and ``force`` is not given, or it holds something else than a compiled model
+            (which ``force`` does not replace either), or it is a file.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder} exists and is not a folder: choose another output.")
+    if not force:
+        raise ArtefactError(f"{folder} exists: choose another output, or replace it with force=True (--force).")
+    if any(folder.iterdir()) and not (folder / RECIPE).is_file():
+        raise ArtefactError(f"{folder} exists and holds no compiled model (no {RECIPE}): it is not replaced.")
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place when the block ends well, and vanishes when not.
+
+    Raises:
+        ArtefactError: as :func:`refuse_existing`, or the disk refuses.
+    """
+    refuse_existing(folder, force)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        refuse_existing(folder, force)
+        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {folder}: {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files that the recipe records."""
+    return {name: (folder / name).stat().st_size for name in SIZED if (folder / name).is_file()}
+
+
+def check_sizes(folder: Path, recorded: dict[str, int]) -> None:
+    """Compare with what was saved.
+
+    Raises:
+        ArtefactError: a file is missing, truncated or grown.
+    """
+    for name, size in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtefactError(f"{folder} has no {name}: the folder is incomplete.")
+        if path.stat().st_size != size:
+            raise ArtefactError(
+                f"{path} has {path.stat().st_size} bytes instead of {size}: it is truncated or changed."
+            )
+
+
+def save_plans(plans: Sequence[FoldPlan], path: Path) -> None:
+    """Scales and shifts as tensors ``<number>.scale`` / ``<number>.shift``; the rest as JSON in the header."""
+    arrays: dict[str, np.ndarray] = {}
+    described = []
+    for number, plan in enumerate(plans):
+        described.append({"kind": plan.kind, "source": plan.source, "sinks": plan.sinks, "proof": repr(plan.proof)})
+        for name, array in (("scale", plan.scale), ("shift", plan.shift)):
+            if array is not None:
+                arrays[f"{number}.{name}"] = np.ascontiguousarray(array)
+    save_file(arrays, path, metadata={"plans": json.dumps(described)})
+
+
+def load_plans(path: Path) -> tuple[FoldPlan, ...]:
+    """The plans of :func:`save_plans`.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            described = json.loads((file.metadata() or {})["plans"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        return tuple(
+            FoldPlan(
+                kind=plan["kind"],
+                source=plan["source"],
+                sinks=tuple(plan["sinks"]),
+                scale=arrays.get(f"{number}.scale"),
+                shift=arrays.get(f"{number}.shift"),
+                proof=float(plan["proof"]),
+            )
+            for number, plan in enumerate(described)
+        )
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}.") from error
