@@ -6,6 +6,7 @@ The identity of SmoothQuant (Xiao et al. 2023, eq. 3) with the shift of Outlier 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def insert_scale(
 ) -> FoldPlan:
     """Put Sub(shift) and Mul(1 / scale) between ``value`` and these Linears, which absorb the inverse.
 
-    Other readers keep ``value`` as it is: for sites where folding is illegal (post-LN: the residual reads the norm too).
+    Other readers keep ``value`` as it is: for sites where folding is illegal (post-LN: the residual reads the norm).
 
     Raises:
         OptionError: scale or shift is not usable, or one of the Linears does not read ``value``.
@@ -143,7 +144,7 @@ def _source_writes(edit: _Edit, source: Source, s: Vector, z: Vector) -> list[Wr
         if source.no_shift:
             raise FoldError(f"{source.node.name!r} cannot absorb a shift: {source.no_shift}")
         array = _cast(-z / s, ir.DataType.from_numpy(weight.dtype), f"the bias of {source.node.name!r}")
-        writes.append(lambda: edit.create_bias(source.node, array))
+        writes.append(functools.partial(edit.create_bias, source.node, array))
     return writes
 
 
@@ -164,7 +165,7 @@ def _sink_writes(edit: _Edit, sinks: Sequence[Sink], s: Vector, z: Vector) -> li
         moved = (offset.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
         if linear.add is None:
             array = _cast(moved, ir.DataType.from_numpy(weight.dtype), f"the bias of {sink.linear!r}")
-            writes.append(lambda matmul=matmul, array=array: edit.create_bias(matmul, array))
+            writes.append(functools.partial(edit.create_bias, matmul, array))
         else:
             slot = next(i for i, value in enumerate(linear.add.inputs) if value is linear.bias)
             bias = _numbers(linear.bias)
@@ -216,7 +217,7 @@ class _Edit:
     def inherit_names(self) -> None:
         """A weight whose last reader went over to a copy is dropped, and the copy takes its name."""
         for (old, _), new in self.copies.items():
-            name = old.name
+            name = old.name or ""
             if name in self.graph.initializers and self.graph.initializers[name] is old and not old.uses():
                 self.graph.initializers.pop(name)
                 new.name = name

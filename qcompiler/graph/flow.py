@@ -152,10 +152,10 @@ class _Flow:
         if all(array is None for array in step.labels):
             return
         outputs = carry(step)
-        for labels, why in step.blocked:
-            self._block(labels, node, why)
-        for labels, why in step.shift_blocked:
-            self._block_shift(labels, node, why)
+        for blocked, why in step.blocked:
+            self._block(blocked, node, why)
+        for blocked, why in step.shift_blocked:
+            self._block_shift(blocked, node, why)
         for output, carried in zip(node.outputs, outputs, strict=True):
             if carried is not None and (carried >= 0).any():
                 self._arrive(output, carried)
@@ -210,14 +210,14 @@ class _Flow:
 
     def _block(self, labels: npt.NDArray[np.integer], node: ir.Node, why: str) -> None:
         channels = np.unique(labels[labels >= 0])
-        if channels.size:
+        if not self.scale_blocked[channels].all():
             self.scale_blocked[channels] = True
             self.shift_blocked[channels] = True
             self.notes[Note(_name(node), "scale and shift blocked", why)] = None
 
     def _block_shift(self, labels: npt.NDArray[np.integer], node: ir.Node, why: str) -> None:
         channels = np.unique(labels[labels >= 0])
-        if channels.size:
+        if not self.shift_blocked[channels].all():
             self.shift_blocked[channels] = True
             self.notes[Note(_name(node), "shift blocked", why)] = None
 

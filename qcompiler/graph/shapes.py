@@ -43,7 +43,7 @@ Facts = Mapping[str, Fact]
 
 
 def concrete_shapes(model: ir.Model) -> dict[str, Fact]:
-    """Facts by value name; values whose shape does not follow from the inputs' (data-dependent, unknown ops) are absent."""
+    """Facts by value name; values whose shape does not follow from the inputs' (data-dependent, unknown) are absent."""
     facts: dict[str, Fact] = {}
     for value in model.graph.inputs:
         if value.shape is not None and value.dtype is not None:

@@ -22,7 +22,7 @@ class Source:
         value: its output, after the constant Add that follows it, if one does.
         channels: length of the last axis of ``value``.
         weight: (node, input index) of the constant whose last axis is divided by scale.
-        bias: (node, input index) of the bias, from which shift is taken and which is divided by scale; None: there is none.
+        bias: (node, input index) of the bias, from which shift is taken and which scale divides; None: there is none.
         no_shift: why no shift can be absorbed, "" where it can (a missing bias is then created).
     """
 

@@ -1,4 +1,4 @@
-"""Proof on numbers that a rewrite changed nothing: on the region between source and sinks, and on the model's outputs."""
+"""Proof on numbers that a rewrite changed nothing: between source and sinks, and at the model's outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 24 cases of DESIGN.md section 3, each a picture of a graph in ONNX text (the HF models' own: test_flow_families)."""
+"""The 24 cases of DESIGN.md section 3, each a graph in ONNX text (whole models: test_flow_families)."""
 
 from __future__ import annotations
 
@@ -443,7 +443,7 @@ def test_case_16_norms_and_rope_on_queries_refuse(what: str) -> None:
 
 
 def test_case_17_tied_weights_and_shared_initializers() -> None:
-    """The embedding keeps its numbers when a Linear tied to it is scaled; so do norms that share a de-duplicated weight."""
+    """A Linear tied to the embedding gets its own weight when scaled; so do norms that share one initializer."""
     model = tiny(
         """g (int64[B,S] ids) => (float[B,S,8] y, float[B,S,8] e) {
             e = Gather(w, ids)
