@@ -171,6 +171,8 @@ def _gather_nd(step: Step) -> list[Labels | None]:
     if labels is None or indices is None:
         return [None]
     batch, depth = step.attribute("batch_dims", 0), indices.shape[-1]
+    if indices.numbers is not None and batch == 0:
+        return [labels[tuple(np.moveaxis(indices.numbers.astype(np.int64), -1, 0))]]
     for axis in range(batch, batch + depth):
         if not constant_along(labels, axis):
             return step.block_all("GatherND picks among channels by data")

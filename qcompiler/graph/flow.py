@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qcompiler.core import Note
 from qcompiler.graph.carriers import NONE, Labels, Step, carry
 from qcompiler.graph.linear import as_linear
-from qcompiler.graph.shapes import Fact, Facts, concrete_shapes
+from qcompiler.graph.shapes import OTHER_SIZES, SIZES, Fact, Facts, Sizes, concrete_shapes
 from qcompiler.graph.sources import Source, as_source
 
 
@@ -74,16 +74,37 @@ def analyse(model: ir.Model) -> list[FoldSite]:
     A site whose channels are all blocked is listed as well: its ``blockers`` say why, and its scale may still be
     inserted (``absorb.insert_scale``). The model is not changed and no weight is read.
     """
-    facts = concrete_shapes(model)
+    others = _sites(model, OTHER_SIZES)
+    return [_agreed(site, others.get(node)) for node, site in _sites(model, SIZES).items()]
+
+
+def _sites(model: ir.Model, sizes: Sizes) -> dict[ir.Node, FoldSite]:
+    facts = concrete_shapes(model, sizes)
     order = {node: i for i, node in enumerate(model.graph)}
-    sites = []
+    sites = {}
     for node in model.graph:
         source = as_source(node)
-        if source is not None and not source.value.is_graph_output() and _floating(source.value, facts):
+        if source is not None and _floating(source.value, facts):
             site = _Flow(model.graph, facts, order, source).run()
             if site is not None:
-                sites.append(site)
+                sites[node] = site
     return sites
+
+
+def _agreed(site: FoldSite, other: FoldSite | None) -> FoldSite:
+    """The site with everything blocked that another batch and sequence size would block; all, where sinks differ."""
+    columns = [] if other is None else [(sink.linear, sink.columns.tolist()) for sink in other.sinks]
+    if other is not None and columns == [(sink.linear, sink.columns.tolist()) for sink in site.sinks]:
+        scale, shift, notes = other.scale_blocked, other.shift_blocked, other.blockers
+    else:
+        scale = shift = np.ones(site.channels, dtype=bool)
+        notes = (Note(_name(site.source), "scale and shift blocked", "what reads it depends on the input's size"),)
+    return dataclasses.replace(
+        site,
+        scale_blocked=site.scale_blocked | scale,
+        shift_blocked=site.shift_blocked | shift,
+        blockers=tuple(dict.fromkeys((*site.blockers, *notes))),
+    )
 
 
 def _floating(value: ir.Value, facts: Facts) -> bool:

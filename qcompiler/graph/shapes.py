@@ -23,8 +23,13 @@ import onnx_ir as ir
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import OPSET, is_call
 
-SIZES = (2, 3, 4, 5, 6, 7)
+Sizes = tuple[int, ...]
+
+SIZES: Sizes = (2, 3, 4, 5, 6, 7)
 """What a symbolic dimension becomes, by its axis: all batches 2, all sequences 3."""
+
+OTHER_SIZES: Sizes = (3, 5, 7, 2, 4, 11)
+"""A second choice: what holds for both does not hang on a size by accident."""
 
 _SMALL = 4096
 _FOLDED = 64  # constants of at most this many elements are read; weights are larger
@@ -42,12 +47,12 @@ class Fact:
 Facts = Mapping[str, Fact]
 
 
-def concrete_shapes(model: ir.Model) -> dict[str, Fact]:
+def concrete_shapes(model: ir.Model, sizes: Sizes = SIZES) -> dict[str, Fact]:
     """Facts by value name; values whose shape does not follow from the inputs' (data-dependent, unknown) are absent."""
     facts: dict[str, Fact] = {}
     for value in model.graph.inputs:
         if value.shape is not None and value.dtype is not None:
-            facts[value.name or ""] = Fact(_sized(value.shape), value.dtype)
+            facts[value.name or ""] = Fact(_sized(value.shape, sizes), value.dtype)
     for name, value in model.graph.initializers.items():
         fact = _constant_fact(value)
         if fact is not None:
@@ -60,8 +65,8 @@ def concrete_shapes(model: ir.Model) -> dict[str, Fact]:
     return facts
 
 
-def _sized(shape: ir.Shape) -> tuple[int, ...]:
-    return tuple(d if isinstance(d, int) else SIZES[min(i, len(SIZES) - 1)] for i, d in enumerate(shape))
+def _sized(shape: ir.Shape, sizes: Sizes) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else sizes[min(i, len(sizes) - 1)] for i, d in enumerate(shape))
 
 
 def _constant_fact(value: ir.Value) -> Fact | None:
