@@ -1,0 +1,57 @@
+"""Target ``ort-cpu``: ONNX Runtime's CPU provider, its integer products and its fast float operators."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qcompiler.core import Capability
+from qcompiler.graph.edit import remove_dead
+from qcompiler.graph.functions import OPSET, inline_functions
+from qcompiler.graph.shapes import concrete_shapes
+from qcompiler.targets.base import Lowered, Target
+from qcompiler.targets.ort.attention import lower_attention
+from qcompiler.targets.ort.capability import capability
+from qcompiler.targets.ort.costs import load_costs
+from qcompiler.targets.ort.linears import lower_linears
+from qcompiler.targets.ort.norms import keep_additions_apart, lower_rms_norms
+
+LOWERED_OPSET = 23
+"""Attention, RMSNormalization and RotaryEmbedding came with opset 23; what else changed since 21 added dtypes only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OrtCpu(Target):
+    """ONNX Runtime on CPU.
+
+    Attributes:
+        rows: tokens in one run that the kernels are chosen for: batch x sequence; 1 for generating token by token.
+        vnni: False makes weights that are safe on x86 machines without VNNI, True uses all 8 bits; None: as the
+            compiling machine is.
+    """
+
+    name: ClassVar[str] = "ort-cpu"
+    rows: int = 1024
+    vnni: bool | None = None
+
+    def capability(self) -> Capability:
+        return capability(self.rows, self.vnni)
+
+    def lower(self, model: ir.Model) -> Lowered:
+        """Integer products first among equals: then attention, norms, and what is left of our functions inlined."""
+        costs = load_costs()
+        facts = concrete_shapes(model)
+        notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
+        nodes, linear_notes = lower_linears(
+            model, lambda granularity, k, n: costs.fastest(granularity, self.rows, k, n)
+        )
+        notes += linear_notes
+        remove_dead(model)
+        inline_functions(model)
+        notes += keep_additions_apart(model)
+        if model.graph.opset_imports.get("") == OPSET:
+            model.graph.opset_imports[""] = LOWERED_OPSET
+            model.ir_version = max(model.ir_version, 11)
+        return Lowered(nodes, tuple(notes))

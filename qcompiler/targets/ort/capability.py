@@ -1,0 +1,56 @@
+"""What ONNX Runtime's CPU provider can run, as data, and what this machine's vector unit makes of it."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+from qcompiler.core import Capability, Kernel
+from qcompiler.targets.ort.costs import KERNELS, load_costs
+
+_VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
+
+
+@functools.cache
+def saturates(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether u8 x s8 products saturate in 16 bits here: x86 without VNNI (onnxruntime issue 6004).
+
+    Where the flags cannot be read on x86, True: 7-bit weights are right everywhere.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686", "i386"):
+        return False
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        return True
+    flags = next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "")
+    return not _VNNI_FLAGS & set(flags.split())
+
+
+def capability(rows: int, vnni: bool | None = None) -> Capability:
+    """The kernels with their speeds from the cost table.
+
+    Args:
+        rows: tokens in one run, for which speeds are given.
+        vnni: False asks for weights that are safe on x86 without VNNI, True for the full range; None: as this
+            machine is.
+    """
+    costs = load_costs()
+    kernels = []
+    for granularity, names in KERNELS.items():
+        for name in names:
+            speed = costs.speed(granularity, name, rows, 768, 768)
+            for dtype in ("uint8", "int8"):
+                kernels.append(
+                    Kernel(
+                        name=name,
+                        weight_dtype="int8",
+                        weight_granularity="per_channel",
+                        activation_dtype=dtype,
+                        activation_granularity="per_token" if granularity == "per_token" else "per_tensor",
+                        dynamic=granularity != "static",
+                        speed=round(speed, 2),
+                    )
+                )
+    return Capability("ort-cpu", tuple(kernels), reduce_range=saturates() if vnni is None else not vnni)
