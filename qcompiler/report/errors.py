@@ -7,40 +7,20 @@ outputs themselves, and the logits of a language model, never leave ONNX Runtime
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.run import Feeds, Runner
+from qcompiler.numerics.metrics import SqnrMeter
 
 MASK = "attention_mask"
 SLICE = 1024
 """Rows (tokens) of one run: bounds the memory that both graphs take at once."""
-
-
-@dataclasses.dataclass
-class ErrorSums:
-    """Streaming SQNR = 10·log10(Σref² / Σerr²), pooled over all rows seen."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, signal: npt.NDArray[Any], noise: npt.NDArray[Any]) -> None:
-        """Add sums of squares, any shape."""
-        self.signal += float(signal.sum(dtype=np.float64))
-        self.noise += float(noise.sum(dtype=np.float64))
-
-    @property
-    def db(self) -> float:
-        if self.noise == 0.0:
-            return math.inf
-        return 10.0 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +51,20 @@ def layer_errors(
     if not taps:
         return {}, 0
     runner = Runner(merged, threads=threads)
-    sums = {key: ErrorSums() for key in taps}
+    meters = {key: SqnrMeter() for key in taps}
     seen = 0
     for feeds in sliced(batches, samples):
         results = runner(feeds)
         seen += sample_count(feeds)
         for key, (signal, noise) in taps.items():
             keep = unmasked(feeds, results[signal].shape)
-            sums[key].add(results[signal][keep], results[noise][keep])
+            meters[key].signal += float(results[signal][keep].sum(dtype=np.float64))
+            meters[key].noise += float(results[noise][keep].sum(dtype=np.float64))
     names = {name for name, kind in taps if kind == "accumulated"}
     errors = {
-        name: LayerError(sums[name, "accumulated"].db, sums[name, "alone"].db if (name, "alone") in sums else None)
+        name: LayerError(
+            meters[name, "accumulated"].db, meters[name, "alone"].db if (name, "alone") in meters else None
+        )
         for name in names
     }
     return errors, seen
@@ -92,7 +75,7 @@ def output_errors(
 ) -> dict[str, float]:
     """SQNR in dB of each float output of the lowered model, by name; masked rows do not count."""
     reference, candidate = Runner(float_model, threads=threads), Runner(lowered, threads=threads)
-    sums: dict[str, ErrorSums] = {}
+    meters: dict[str, SqnrMeter] = {}
     for feeds in sliced(batches, samples):
         expected, got = reference(feeds), candidate(feeds)
         for name in reference.outputs:
@@ -100,20 +83,8 @@ def output_errors(
             if not np.issubdtype(want.dtype, np.floating):
                 continue
             keep = unmasked(feeds, want.shape[:-1]) if want.ndim else np.True_
-            signal, noise = row_sums(want, have)
-            sums.setdefault(name, ErrorSums()).add(signal[keep], noise[keep])
-    return {name: total.db for name, total in sums.items()}
-
-
-def row_sums(
-    reference: npt.NDArray[Any], other: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Σref² and Σ(other - ref)² over the last axis, in float64; a scalar is one row of one number."""
-    if reference.ndim == 0:
-        reference, other = reference.reshape(1), other.reshape(1)
-    signal = np.einsum("...i,...i->...", reference, reference, dtype=np.float64)
-    difference = np.subtract(other, reference, dtype=np.float32)
-    return signal, np.einsum("...i,...i->...", difference, difference, dtype=np.float64)
+            meters.setdefault(name, SqnrMeter()).update(want[keep], have[keep])
+    return {name: meter.db for name, meter in meters.items()}
 
 
 def unmasked(feeds: Feeds, rows: tuple[int, ...]) -> Any:

@@ -6,7 +6,7 @@ import pytest
 from qcompiler.graph.edit import write_input
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.graph.run import Runner
-from qcompiler.report.errors import ErrorSums, layer_errors, output_errors, sliced, unmasked
+from qcompiler.report.errors import layer_errors, output_errors, sliced, unmasked
 from tests.graphs_int8 import feeds, float_mlp, quantized_mlp
 
 
@@ -85,13 +85,6 @@ def test_slices_stop_at_the_sample_count_and_bound_the_rows() -> None:
     assert [p["x"].shape[0] for p in parts] == [2, 2, 2, 1, 2]
     scalar = {"x": np.zeros((2, 3), np.float32), "flag": np.array(True)}
     assert list(sliced([scalar], samples=1, rows=1)) == [scalar]  # cannot be cut along a batch axis
-
-
-def test_error_sums_at_the_edges() -> None:
-    sums = ErrorSums()
-    assert sums.db == math.inf
-    sums.add(np.zeros(2), np.ones(2))
-    assert sums.db == -math.inf
 
 
 def test_mask_of_another_shape_masks_nothing() -> None:
