@@ -47,7 +47,7 @@ def collect(
         ModelError: a request names a value that the graph does not have.
         OptionError: a request names an unknown observer.
     """
-    observers = {request: make_observer(request.observer, request.axis, seed) for request in requests}
+    observers = {request: make_observer(request.observer, request.axis, seed) for request in dict.fromkeys(requests)}
     if not observers:
         return {}
     by_value: dict[str, list[Observer]] = {}

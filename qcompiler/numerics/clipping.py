@@ -16,14 +16,15 @@ Array = npt.NDArray[Any]
 _COARSE = 2.0 ** (
     -np.arange(25) / 4
 )  # the range and 24 shorter ones, down to 1/64: outlier tokens reach 50 times the body
-_FINE = 2.0 ** (np.arange(-4, 5) / 20)  # then 8 neighbours of the best
+_FINE = 2.0 ** (np.arange(-4, 5) / 20)  # then neighbours of the best, within a coarse step
+_FINEST = 2.0 ** (np.arange(-4, 5) / 100)
 
 
 def mse_range(histogram: Histogram, bits: int = 8, symmetric: bool = False) -> tuple[float, float]:
     """The range [low, high] whose uniform quantization has the least mean squared error on the histogram.
 
     The minimisation of the sum of clipping and rounding errors (ACIQ, Banner et al. 2019, equation 1), done on the
-    counts rather than on a fitted density: an exhaustive search of both ends, coarse then fine.
+    counts rather than on a fitted density: a search of all pairs of ends, coarse and then finer.
 
     Args:
         bits: of the integers, 2 to 8.
@@ -39,7 +40,7 @@ def mse_range(histogram: Histogram, bits: int = 8, symmetric: bool = False) -> t
         bottom, top = -max(-bottom, top), max(-bottom, top)
     errors = _GridError(histogram, 2**bits - 1 if symmetric else 2**bits)
     best = (1.0, 1.0)
-    for factors in (_COARSE, _FINE):
+    for factors in (_COARSE, _FINE, _FINEST):
         low, high = (_candidates(best[side] * factors, symmetric or (bottom, top)[side] != 0.0) for side in (0, 1))
         lows, highs = (low, low) if symmetric else (np.repeat(low, high.size), np.tile(high, low.size))
         winner = int(np.argmin(errors(bottom * lows, top * highs)))

@@ -1,8 +1,9 @@
 """A histogram over zero-anchored bins of width 2^k, whose merging is exact.
 
-Bin i covers [i · 2^k, (i + 1) · 2^k), and k depends on nothing but the largest magnitude seen: the larger side of zero
-always spans 2,048 to 4,096 bins. Larger numbers widen the bins by merging neighbours, which moves no count across an
-edge. So observing shards and merging them, in any order, gives the same counts bit for bit as observing the whole.
+Bin i >= 0 covers [i · 2^k, (i + 1) · 2^k), the bins of negative numbers mirror these, and k depends on nothing but
+the largest magnitude seen: the larger side of zero always spans 2,048 to 4,096 bins. Larger numbers widen the bins by
+merging neighbours, which moves no count across an edge. So observing shards and merging them, in any order, gives the
+same counts bit for bit as observing the whole.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Histogram:
     """Counts of float32 numbers, with their exact extremes.
 
     Attributes:
-        counts: int64 [2 · SIDE]; bin i of the module's docstring is at i + SIDE.
+        counts: int64 [2 · SIDE]; bin i of the module's docstring is at SIDE + i, its mirror image at SIDE - 1 - i.
         exponent: k, the bins are 2^k wide.
         low, high: the smallest and the largest number seen; (inf, -inf) before any.
     """
@@ -48,8 +49,9 @@ class Histogram:
             part = flat[start : start + _CHUNK]
             bins, places = scaled[: part.size], index[: part.size]
             np.multiply(part, factor, out=bins)  # exact: a power of two
-            np.floor(bins, out=bins)
-            np.add(bins, SIDE, out=places, casting="unsafe")
+            places[:] = bins  # towards zero
+            places -= part < 0  # of the number itself: a faint one may have become zero just now
+            places += SIDE
             self.counts += np.bincount(places, minlength=2 * SIDE)
 
     def merge(self, other: Histogram) -> None:
@@ -60,8 +62,9 @@ class Histogram:
     def _extend(self, low: float, high: float) -> None:
         self.low, self.high = min(self.low, low), max(self.high, high)
         # frexp: |x| < 2^e strictly, so SIDE bins of width 2^(e - log2 SIDE) hold it on either side.
-        exponent = math.frexp(max(-self.low, self.high, 0.0))[1] - _LEVELS
-        if exponent > self.exponent:
+        reach = max(-self.low, self.high, 0.0)
+        exponent = math.frexp(reach)[1] - _LEVELS
+        if reach and exponent > self.exponent:
             self.counts = _coarsened(self.counts, exponent - self.exponent)
             self.exponent = exponent
 

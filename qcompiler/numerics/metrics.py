@@ -39,7 +39,7 @@ class SqnrMeter:
 
 @dataclasses.dataclass
 class CosineMeter:
-    """Mean over rows (the last axis) of the cosine between the two; two zero rows agree (1), one zero row does not (0)."""
+    """Mean cosine of rows (the last axis); two rows of zeros agree (1), one of zeros and another do not (0)."""
 
     total: float = 0.0
     rows: int = 0
@@ -95,7 +95,7 @@ class LogitsMeter:
 
 @dataclasses.dataclass
 class PerplexityMeter:
-    """exp of the mean negative log likelihood of each next token, each sequence by itself (its first token is given)."""
+    """exp of the mean negative log likelihood of each next token; the first token of each sequence is given."""
 
     loss: float = 0.0
     tokens: int = 0
