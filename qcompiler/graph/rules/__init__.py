@@ -5,33 +5,72 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.core import Note
+from qcompiler.core import DOMAIN, Note
 from qcompiler.graph.edit import remove_dead
 from qcompiler.graph.rules.attention import raise_attentions
+from qcompiler.graph.rules.bmm import unflatten_attentions
 from qcompiler.graph.rules.constants import simplify
+from qcompiler.graph.rules.contrib import drop_unused_domains, expand_contrib
 from qcompiler.graph.rules.gelu import raise_gelus
 from qcompiler.graph.rules.linear import raise_linears
 from qcompiler.graph.rules.naming import name_linears, record_parameters
 from qcompiler.graph.rules.norms import raise_norms
+from qcompiler.graph.rules.opset import convert_opset, source_opset
 from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.rotary import raise_rotary
 from qcompiler.graph.rules.sequences import infer_shapes, raise_splits
+
+_FAMILIES = (
+    raise_splits,
+    raise_linears,
+    raise_norms,
+    raise_gelus,
+    raise_rotary,
+    unflatten_attentions,
+    raise_attentions,
+)
 
 
 def canonicalise(model: ir.Model) -> list[Note]:
     """Bring ``model`` into canonical form, in place; what is not understood stays as it is.
 
+    Returns:
+        A note for each kind of operator of another domain that stays.
+
     Raises:
         ModelError: an opset outside 11 to 23, or an operator that opset 21 does not have.
     """
+    version = source_opset(model)
+    if any(function.domain != DOMAIN for function in model.functions.values()):
+        common.InlinePass(criteria=lambda function: function.domain != DOMAIN)(model)
     record_parameters(model)
+    name_nodes(model)
     infer_shapes(model)
     rewriter = Rewriter(model)
+    convert_opset(rewriter, version)
+    expand_contrib(rewriter)
+    remove_dead(model)
+    infer_shapes(model)
     simplify(rewriter)
     common.CommonSubexpressionEliminationPass()(model)
     remove_dead(model)
-    for rule in (raise_splits, raise_linears, raise_norms, raise_gelus, raise_rotary, raise_attentions):
+    for rule in _FAMILIES:
         rule(rewriter)
         remove_dead(model)
     name_linears(rewriter)
-    return []
+    drop_unused_domains(model)
+    return _left(model)
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Every node gets a name: reports and errors name nodes."""
+    for index, node in enumerate(model.graph):
+        if not node.name:
+            node.name = f"{node.op_type}_{index}"
+
+
+def _left(model: ir.Model) -> list[Note]:
+    foreign = [node for node in model.graph if node.domain not in ("", DOMAIN)]
+    return [
+        Note(node.name or "", f"{node.domain}::{node.op_type} left as it is", "no rule expands it") for node in foreign
+    ]

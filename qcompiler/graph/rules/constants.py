@@ -56,7 +56,7 @@ def _is_index(value: ir.Value) -> bool:
     return value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
 
 
-# --- folding -----------------------------------------------------------------------------------------------------------
+# --- folding ---
 
 
 def _lift(rewriter: Rewriter, node: ir.Node, known: dict[ir.Value, npt.NDArray[Any]]) -> None:
@@ -162,7 +162,7 @@ def _use_known_elsewhere(rewriter: Rewriter, known: dict[ir.Value, npt.NDArray[A
         value.replace_all_uses_with(rewriter.constant(array, value.name or "constant"))
 
 
-# --- operators that do nothing, and targets that are known ----------------------------------------------------------------
+# --- operators that do nothing, and targets that are known ---
 
 
 def _identity(rewriter: Rewriter, node: ir.Node, symbols: Symbols) -> None:
@@ -355,4 +355,6 @@ _RULES: dict[str, Callable[[Rewriter, ir.Node, Symbols], None]] = {
     "Sub": _neutral(0.0, right_only=True),
     "Mul": _neutral(1.0, right_only=False),
     "Div": _neutral(1.0, right_only=True),
+    "And": _neutral(1.0, right_only=False),
+    "Or": _neutral(0.0, right_only=False),
 }

@@ -31,7 +31,7 @@ def _is_matrix(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and not value.is_graph_input() and rank(value) == 2
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ---
 
 
 def _transposed_weight(rewriter: Rewriter, node: ir.Node) -> None:
@@ -75,7 +75,7 @@ def _derived(rewriter: Rewriter, source: ir.Value, array: np.ndarray, map_: str,
     return made
 
 
-# --- Gemm --------------------------------------------------------------------------------------------------------------
+# --- Gemm ---
 
 
 def _gemm(rewriter: Rewriter, node: ir.Node) -> None:
@@ -122,7 +122,7 @@ def _gemm_weight(rewriter: Rewriter, node: ir.Node, b: ir.Value, alpha: float) -
     return _derived(rewriter, b, np.ascontiguousarray(array), ",".join(maps), shared)
 
 
-# --- bias --------------------------------------------------------------------------------------------------------------
+# --- bias ---
 
 
 def _bias(rewriter: Rewriter, node: ir.Node) -> None:
@@ -142,7 +142,7 @@ def _bias(rewriter: Rewriter, node: ir.Node) -> None:
     add.replace_input_with(index, rewriter.initializer(bias.name or "bias", array.reshape(-1), like=bias))
 
 
-# --- Reshape to rank 2 and back (Conv1D, addmm) --------------------------------------------------------------------------
+# --- Reshape to rank 2 and back (Conv1D, addmm) ---
 
 
 def _unflatten(rewriter: Rewriter, node: ir.Node) -> None:

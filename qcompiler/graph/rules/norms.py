@@ -101,7 +101,7 @@ def _centred(value: ir.Value) -> ir.Value | None:
     return node.inputs[0]
 
 
-# --- LayerNormalization ----------------------------------------------------------------------------------------------------
+# --- LayerNormalization ---
 
 
 def _layer_norm(rewriter: Rewriter, y: ir.Value, x: ir.Value, epsilon: float) -> None:
@@ -141,7 +141,7 @@ def _flat(rewriter: Rewriter, vector: ir.Value) -> ir.Value:
     return rewriter.initializer(vector.name or "weight", array.reshape(-1), like=vector)
 
 
-# --- RMSNorm ---------------------------------------------------------------------------------------------------------------
+# --- RMSNorm ---
 
 
 def _rms_norm(rewriter: Rewriter, y: ir.Value, x: ir.Value, epsilon: float) -> None:

@@ -176,7 +176,7 @@ class Rewriter:
         return True
 
 
-# --- reading patterns --------------------------------------------------------------------------------------------------
+# --- reading patterns ---
 
 
 def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
