@@ -21,8 +21,8 @@ _SHAPES = {"Shape", "Size"}
 def output_heads(model: ir.Model) -> set[str]:
     """Names of the Linears whose output goes to graph outputs and nowhere else.
 
-    Only layout operators, functions of one value and arithmetic with a constant may lie between: no other Linear, no norm,
-    no operator on two computed values.
+    Only layout operators, functions of one value and arithmetic with a constant may lie between: no other Linear, norm,
+    or operator on two computed values.
 
     Keys and values that are both attended to and returned as a cache are no heads.
     """
