@@ -88,8 +88,8 @@ def evaluate(
     names = [name for name in runner.outputs if name in compiled.outputs]
     if not names:
         raise DataError(
-            f"the reference has outputs {', '.join(runner.outputs)} and the compiled model {', '.join(compiled.outputs)}: "
-            "they share none."
+            f"the reference has outputs {', '.join(runner.outputs)} and the compiled model "
+            f"{', '.join(compiled.outputs)}: they share none."
         )
     if causal is None:
         causal = compiled.recipe.get("source", {}).get("kind") == "causal-lm"

@@ -14,8 +14,11 @@ Shape = tuple[int, ...]
 
 
 def default_shapes(kind: str | None, inputs: dict[str, ir.Value]) -> list[Shape]:
-    """(batch, sequence) or (batch,) to time: a batch and a single short request for encoders, a prompt and a step of one
-    token for causal LMs, one image for vision models."""
+    """(batch, sequence) or (batch,) to time.
+
+    A batch and a single short request for encoders, a prompt and a step of one token for causal LMs, one image for
+    vision models.
+    """
     if kind == "causal-lm":
         return [(1, 512), (1, 1)]
     if kind == "vision" or all(len(free_axes(value)) < 2 for value in inputs.values()):

@@ -108,5 +108,5 @@ def test_what_does_not_fit_is_refused_in_a_sentence() -> None:
         evaluate(compiled(), _lm(0.0), [])
     with pytest.raises(DataError, match="the evaluation data is empty"):
         evaluate(_wrap(_lm(0.1)), _lm(0.0), [])
-    with pytest.raises(DataError, match="no input_ids, which the reference reads"):
+    with pytest.raises(DataError, match="no input_ids, attention_mask, which the reference reads"):
         evaluate(_wrap(_lm(0.1)), _lm(0.0), [{"ids": np.zeros((1, 2), np.int64)}])

@@ -1,0 +1,271 @@
+"""The command line: compile, inspect, evaluate, bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import onnx_ir as ir
+from rich.console import Console
+
+from qcompiler.core import Capability, DataError, OptionError, QCompilerError
+from qcompiler.frontends import Source, open_data, open_source
+from qcompiler.passes import PASSES, make_pass
+from qcompiler.passes.base import Context
+from qcompiler.report.render import key_values, summary
+from qcompiler.report.render import to_rich as report_tables
+from qcompiler.runtime.load import is_compiled, load
+from qcompiler.runtime.synthetic import Shape
+from qcompiler.scheme import PRESETS, resolve
+from qcompiler.targets import TARGETS
+
+_SRC = "an .onnx file (external data beside it) or a Hugging Face folder (config.json and *.safetensors)"
+_DATA = (
+    "a text file (an encoder takes a sample from each line; a causal LM takes the text joined and cut into windows), "
+    "an .npz of arrays by input name, or a folder of images"
+)
+
+_EXAMPLES = """\
+examples:
+  qcompiler inspect minilm/                      which Linears and norms there are, and what could be folded
+  qcompiler compile minilm/ -o minilm-int8 --scheme w8a8 --calibration sentences.txt --limit 128
+  qcompiler inspect minilm-int8                  what was done to each Linear, why, and what it cost
+  qcompiler evaluate minilm-int8 --reference minilm/ --data held-out.txt
+  qcompiler bench minilm-int8 --reference minilm/
+
+Results go to stdout (as JSON with --json), progress to stderr. Exit code 2: the input cannot be used, and one sentence
+on stderr says why."""
+
+_COMPILE = """\
+examples:
+  qcompiler compile model.onnx -o out --calibration data.npz
+  qcompiler compile smollm2/ -o out --scheme w8a8-dynamic --seq-len 512 --limit 32 --calibration wiki.txt
+  qcompiler compile minilm/ -o out --calibration text.txt --ignore '*.layer.5.output.*'
+  qcompiler compile minilm/ -o out --calibration text.txt --passes 'smooth{alpha=0.5},annotate,insert,fold'
+  qcompiler compile model.onnx -o out --scheme w8a8-dynamic --target 'onnx{form=qoperator}'"""
+
+_EVALUATE = """\
+prints, for each output, SQNR in dB, cosine, for logits top-1 agreement and KL divergence; perplexity for causal LMs.
+examples:
+  qcompiler evaluate out --reference minilm/ --data held-out.txt --limit 200
+  qcompiler evaluate out --reference model.onnx --data data.npz --json"""
+
+_BENCH = """\
+both models run in turn in this process, under ONNX Runtime's full optimisation; the ratio is the median over pairs.
+examples:
+  qcompiler bench out --reference minilm/
+  qcompiler bench out --reference minilm/ --shape 1x16 --shape 8x128 --threads 4 --repeats 50"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0, or 2 where the input cannot be used)."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except QCompilerError as error:
+        print(f"qcompiler: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qcompiler: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _compile(options: argparse.Namespace) -> None:
+    from qcompiler.driver import compile
+
+    compiled = compile(
+        options.src,
+        scheme=options.scheme,
+        target=options.target,
+        calibration=options.calibration,
+        output=options.output,
+        passes=options.passes,
+        ignore=tuple(options.ignore),
+        seed=options.seed,
+        limit=options.limit,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        force=options.force,
+        dump=options.dump,
+        trust_remote_code=options.trust_remote_code,
+        progress=not options.quiet,
+    )
+    pairs = [("saved to", str(options.output)), *summary(compiled.report)]
+    _tell(options, {"output": str(options.output), "report": compiled.report.to_json()}, key_values(pairs))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    if is_compiled(options.path):
+        compiled = load(options.path)
+        _tell(options, {"recipe": compiled.recipe, "report": compiled.report.to_json()}, report_tables(compiled.report))
+        return
+    from qcompiler.report.overview import overview, to_rich
+
+    found = overview(_canonical(_source(options.path, options)))
+    _tell(options, found.to_json(), to_rich(found))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from qcompiler.runtime.evaluate import evaluate
+
+    compiled, source = load(options.out), _source(options.reference, options)
+    batch_size = options.batch_size or (1 if source.kind == "causal-lm" else 8)
+    batches = open_data(options.data, source, limit=options.limit, seq_len=options.seq_len, batch_size=batch_size)
+    metrics = evaluate(
+        compiled,
+        source.model,
+        batches,
+        logits=options.logits,
+        causal=source.kind == "causal-lm",
+        threads=options.threads,
+    )
+    pairs = [("samples", str(metrics.samples))]
+    for name, output in metrics.outputs.items():
+        text = f"SQNR {output.sqnr_db:.2f} dB, cosine {output.cosine:.5f}"
+        if output.top1 is not None:
+            text += f", top-1 agreement {output.top1:.2%}, KL {output.kl:.3g} nats"
+        pairs.append((name, text))
+    if metrics.perplexity is not None and metrics.reference_perplexity is not None:
+        ratio = metrics.perplexity / metrics.reference_perplexity
+        pairs.append(
+            ("perplexity", f"{metrics.perplexity:.3f}, reference {metrics.reference_perplexity:.3f} (x {ratio:.4f})")
+        )
+    _tell(options, metrics.to_json(), key_values(pairs))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from qcompiler.runtime.bench import bench
+
+    compiled = load(options.out)
+    reference = _canonical(_source(options.reference, options))
+    shapes = [_shape(text) for text in options.shape] if options.shape else None
+    result = bench(compiled, reference, shapes, threads=options.threads, repeats=options.repeats, seed=options.seed)
+    threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
+    pairs = [("timed with", f"{threads}, {result.clock} time, {result.repeats} pairs")]
+    for timing in result.timings:
+        pairs.append(
+            (
+                "x".join(map(str, timing.shape)),
+                f"{timing.ratio:.3f} of the reference's latency (+- {timing.spread:.3f}): "
+                f"{timing.compiled_ms:.2f} ms against {timing.reference_ms:.2f} ms",
+            )
+        )
+    _tell(options, result.to_json(), key_values(pairs))
+
+
+def _tell(options: argparse.Namespace, data: dict[str, Any], tables: Any) -> None:
+    if options.json:
+        print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        console = Console()
+        console.print(tables, width=None if console.is_terminal else 160)
+
+
+def _source(path: str, options: argparse.Namespace) -> Source:
+    if is_compiled(path):
+        raise DataError(f"{path} is a compiled model: the float source is wanted here.")
+    return open_source(path, trust_remote_code=options.trust_remote_code)
+
+
+def _canonical(source: Source) -> ir.Model:
+    """The canonical float graph of a source."""
+    make_pass("normalise", {}).run(source.model, {}, Context(resolve("w8a8"), Capability("none", ())))
+    return source.model
+
+
+def _shape(text: str) -> Shape:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise OptionError(f"cannot read shape {text!r}: write BATCHxSEQUENCE, like 8x128, or BATCH.")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="qcompiler",
+        description="Compile a float Transformer into an int8 one that is faster and still right.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=f"qcompiler {metadata.version('qcompiler')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument(
+            "--trust-remote-code", action="store_true", help="let a Hugging Face folder run its own Python code"
+        )
+        return sub
+
+    sub = command("compile", _compile, "quantize a model and save it as a folder", _COMPILE)
+    sub.add_argument("src", metavar="SRC", help=_SRC)
+    sub.add_argument("-o", "--output", metavar="OUT", required=True, help="the folder to make; it must not exist")
+    sub.add_argument(
+        "--scheme", default="w8a8", help=f"what is quantized, and how: {', '.join(PRESETS)} (default w8a8)"
+    )
+    sub.add_argument("--target", default="ort-cpu", help=f"where it will run: {', '.join(TARGETS)} (default ort-cpu)")
+    sub.add_argument("--calibration", metavar="DATA", help=f"{_DATA}; static schemes need it")
+    sub.add_argument(
+        "--ignore", metavar="GLOB", action="append", default=[], help="Linears to leave in float (may be repeated)"
+    )
+    passes = ", ".join(name for name in PASSES if name != "normalise")
+    sub.add_argument("--passes", metavar="SPEC", help=f"the pipeline as name{{option=value}},...; there are {passes}")
+    _data_options(sub, batch_size=8)
+    sub.add_argument("--force", action="store_true", help="replace a compiled model at OUT")
+    sub.add_argument("--dump", metavar="DIR", help="also save the model after each pass, here")
+    sub.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
+    sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    sub = command("inspect", _inspect, "show what a source holds, or the report of a compiled folder")
+    sub.add_argument("path", metavar="SRC|OUT", help=f"{_SRC}, or a folder that compile made")
+
+    sub = command("evaluate", _evaluate, "compare a compiled model with its float source on data", _EVALUATE)
+    sub.add_argument("out", metavar="OUT", help="a folder that compile made")
+    sub.add_argument("--reference", metavar="SRC", required=True, help=f"the float source: {_SRC}")
+    sub.add_argument("--data", metavar="DATA", required=True, help=_DATA)
+    sub.add_argument(
+        "--logits",
+        metavar="NAME",
+        action="append",
+        help="outputs that are logits (default: those with it in their name)",
+    )
+    _data_options(sub, batch_size=None)
+    sub.add_argument("--threads", type=int, default=0, help="intra-op threads (default: ONNX Runtime's choice)")
+
+    sub = command("bench", _bench, "time a compiled model against its float source", _BENCH)
+    sub.add_argument("out", metavar="OUT", help="a folder that compile made")
+    sub.add_argument("--reference", metavar="SRC", required=True, help=f"the float source: {_SRC}")
+    sub.add_argument(
+        "--shape",
+        metavar="BxS",
+        action="append",
+        help="batch and sequence to time (may be repeated; default 8x128 and 1x16 for an encoder, 1x512 and 1x1 for a "
+        "causal LM, 1 for images)",
+    )
+    sub.add_argument("--threads", type=int, default=1, help="intra-op threads (default 1)")
+    sub.add_argument("--repeats", type=int, default=20, help="pairs of runs for each shape (default 20)")
+    sub.add_argument("--seed", type=int, default=0, help="of the made-up inputs (default 0)")
+    return parser
+
+
+def _data_options(sub: argparse.ArgumentParser, batch_size: int | None) -> None:
+    sub.add_argument("--limit", metavar="N", type=int, help="samples to take of DATA (default: all)")
+    sub.add_argument(
+        "--seq-len", metavar="L", type=int, help="tokens in a sample (default 128 for an encoder, 512 for a causal LM)"
+    )
+    default = batch_size or "8, or 1 for a causal LM"
+    sub.add_argument(
+        "--batch-size", metavar="B", type=int, default=batch_size, help=f"samples in a batch (default {default})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
