@@ -10,7 +10,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from qcompiler.graph.edit import array_of, sole_user
+from qcompiler.graph.edit import sole_user
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.shapes import Facts
 
@@ -95,32 +95,3 @@ def merged_output(call: ir.Node, facts: Facts) -> ir.Value | None:
         return None
     b, s, h, d = before.shape
     return reshape.outputs[0] if after.shape == (b, s, h * d) else None
-
-
-def equal_halves(value: ir.Value | None, facts: Facts) -> bool:
-    """Whether the two halves of the last axis are proved equal, as in Concat(f, f): one half then says it all."""
-    if value is None:
-        return False
-    array = array_of(value)
-    if array is not None:
-        middle = array.shape[-1] // 2 if array.ndim else 0
-        return bool(middle and (array[..., :middle] == array[..., middle:]).all())
-    node, fact = value.producer(), facts.get(value.name or "")
-    if node is None or fact is None or not fact.shape:
-        return False
-    if node.op_type == "Concat" and len(node.inputs) == 2:
-        axis = node.attributes.get_int("axis")
-        return node.inputs[0] is node.inputs[1] and axis in (-1, len(fact.shape) - 1)
-    if node.op_type in _LAST_AXIS_KEPT or (node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0):
-        data = node.inputs[0]
-        before = facts.get(data.name or "") if data is not None else None
-        kept = before is not None and len(before.shape) > 0 and before.shape[-1] == fact.shape[-1]
-        return kept and equal_halves(data, facts)
-    if node.op_type in ("Mul", "Div"):
-        scalars = [v for v in node.inputs if v is not None and (a := array_of(v)) is not None and a.size == 1]
-        others = [v for v in node.inputs if v not in scalars]
-        return len(others) == 1 and equal_halves(others[0], facts)
-    return False
-
-
-_LAST_AXIS_KEPT = frozenset({"Cos", "Sin", "Cast", "Identity", "Unsqueeze", "Squeeze", "Expand"})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
-from qcompiler.graph.heads import output_heads
 
+from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import linears
 from qcompiler.targets.base import Lowered
 from qcompiler.targets.ort.optimised import Finder, is_integer, optimised_graph

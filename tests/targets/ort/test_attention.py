@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.graph.edit import remove_dead
 from qcompiler.graph.functions import inline_functions
 from qcompiler.graph.shapes import concrete_shapes
 from qcompiler.targets.ort import LOWERED_OPSET
@@ -16,7 +15,6 @@ B, S, T, H, D = 2, 5, 7, 4, 8
 
 def lower(model):
     notes = lower_attention(model, concrete_shapes(model))
-    remove_dead(model)
     inline_functions(model)
     model.graph.opset_imports[""] = LOWERED_OPSET
     return notes
@@ -160,3 +158,34 @@ def test_what_is_not_understood_stays_in_plain_operators():
     notes, operators = check(g.model, values)
     assert notes[0].what == "attention left in plain operators"
     assert "Softmax" in operators
+
+
+def test_a_rotation_of_a_part_of_the_head_is_lowered_in_place():
+    """GPT-NeoX: the first half of each head is rotated, the other is not; only one of q and k here."""
+    g = Graph(None, random_weights())
+    x = g.input("x", FLOAT, ["B", S, H * D])
+    half = draw(S, D // 4, seed=5)
+    table = g.constant(np.concatenate([half, half], -1)[None, None])
+    heads = g.split_heads(x, H, D)
+    first = g.op("Slice", heads, np.array([0]), np.array([D // 2]), np.array([-1]))
+    second = g.op("Slice", heads, np.array([D // 2]), np.array([D]), np.array([-1]))
+    q = g.op("Concat", g.op("RotaryEmbedding", first, table, table), second, axis=-1)
+    y = g.op("Attention", q, heads, heads, scale=0.3)
+    g.output(g.merge_heads(y, H * D), "y")
+    _, operators = check(g.model, {"x": draw(B, S, H * D)})
+    assert operators.count("RotaryEmbedding") == 1
+    assert "Neg" not in operators
+
+
+def test_one_table_for_a_rotation_before_and_one_inside_attention():
+    g = Graph(None, random_weights())
+    x = g.input("x", FLOAT, ["B", S, H * D])
+    half = draw(S, D // 2, seed=5)
+    table = g.constant(np.concatenate([half, half], -1))
+    k = g.op("Neg", g.op("RotaryEmbedding", g.split_heads(x, H, D), table, table))
+    q = g.op("RotaryEmbedding", g.split_heads(x, H, D), table, table)
+    y = g.op("Attention", q, k, g.split_heads(x, H, D), scale=0.3)
+    g.output(g.merge_heads(y, H * D), "y")
+    _, operators = check(g.model, {"x": draw(B, S, H * D)})
+    assert operators.count("RotaryEmbedding") == 2
+    assert operators.count("Slice") == 1
