@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,17 @@ class FoldPlan:
     proof: float = float("nan")
 
 
+class Quantization(Protocol):
+    """What a kernel asks of a tensor's spec (``scheme.TensorSpec`` is one)."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def granularity(self) -> str: ...
+    @property
+    def dynamic(self) -> bool: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One way in which a target runs a quantized Linear.
@@ -135,6 +146,15 @@ class Capability:
     target: str
     kernels: tuple[Kernel, ...]
     reduce_range: bool = False
+
+    def runs(self, weight: Quantization, activation: Quantization) -> bool:
+        """Whether any kernel takes a weight and an input quantized so."""
+        return any(
+            (k.weight_dtype, k.weight_granularity) == (weight.dtype, weight.granularity)
+            and (k.activation_dtype, k.activation_granularity, k.dynamic)
+            == (activation.dtype, activation.granularity, activation.dynamic)
+            for k in self.kernels
+        )
 
 
 # --- the one text spelling of passes, observers and their options: ``name{key=value,key=value}`` ---------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,28 @@ import onnx_ir as ir
 
 from qcompiler import passes as pass_table
 from qcompiler.calibration.collect import collect
-from qcompiler.core import Capability, DataError, FoldPlan, ModelError, Note, OptionError, TargetError
+from qcompiler.core import (
+    Capability,
+    DataError,
+    FoldPlan,
+    ModelError,
+    Note,
+    OptionError,
+    TargetError,
+    spell,
+)
 from qcompiler.frontends import Source, open_data, open_source
 from qcompiler.frontends.data import Batches
-from qcompiler.graph import canonical
+from qcompiler.graph.canonical import check
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import save_model
 from qcompiler.graph.verify import compare_outputs
 from qcompiler.passes.base import Context, Pass
 from qcompiler.report import build as build_report
-from qcompiler.report.progress import Stages
-from qcompiler.runtime.compiled import CompiledModel, refuse_existing
+from qcompiler.report.stages import Stages
+from qcompiler.runtime.artefact import refuse_existing
+from qcompiler.runtime.compiled import CompiledModel
+from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme, resolve
 from qcompiler.targets import make_target
 from qcompiler.targets.ort.readback import integer_coverage
@@ -110,16 +123,15 @@ def compile(
         coverage = integer_coverage(work.model, lowered, canonical_quantized)
     with stages("report"):
         report = build_report(
-            source=source,
-            scheme=chosen,
             float_model=canonical_float,
+            transformed_model=work.transformed,
             quantized_model=canonical_quantized,
             lowered_model=work.model,
             notes=(*source.notes, *work.notes, *lowered.notes),
             plans=tuple(work.plans),
             coverage=coverage,
             batches=batches,
-            stages=stages,
+            seconds=stages.seconds,
         )
     compiled = CompiledModel(
         model=work.model,
@@ -151,6 +163,7 @@ class _Work:
         self.dump = dump
         self.notes: list[Note] = []
         self.plans: list[FoldPlan] = []
+        self.transformed: ir.Model | None = None
         self._count = 0
 
     def apply(self, item: Pass) -> None:
@@ -168,9 +181,11 @@ class _Work:
             )
             before = self.model.clone() if item.float_exact and self.batches is not None else None
             result = item.run(self.model, stats, self.context)
-            canonical.check(self.model)
+            check(self.model)
             if before is not None and self.batches is not None and result.changed:
                 self._check_exact(item, before)
+        if item.float_exact:
+            self.transformed = self.model.clone()
         self.notes += result.notes
         self.plans += result.plans
         if self.dump is not None:
@@ -193,11 +208,11 @@ class _Work:
 def _check_target(scheme: Scheme, capability: Capability) -> None:
     """Refuse a scheme that no kernel of the target runs."""
     for spec in (scheme.activation, scheme.fallback):
-        if spec is not None and kernel_for(capability, scheme.weight, spec) is None:
-            offered = "; ".join(f"{k.weight_dtype} {k.weight_granularity} x {k.activation_dtype} {k.activation_granularity}" for k in capability.kernels)
+        if spec is not None and not capability.runs(scheme.weight, spec):
+            offered = ", ".join(kernel.name for kernel in capability.kernels)
             raise TargetError(
-                f"target {capability.target!r} cannot run scheme {scheme.name!r}: it has no Linear of weight {scheme.weight} with "
-                f"activation {spec}; it has {offered}."
+                f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) takes "
+                f"weight {scheme.weight} with activation {spec}."
             )
 
 
@@ -206,7 +221,9 @@ def _check_ignore(model: ir.Model, scheme: Scheme) -> None:
     names = [linear.name for linear in linears(model)]
     for glob in scheme.ignore:
         if not fnmatch.filter(names, glob):
-            raise OptionError(f"ignore={glob!r} matches no Linear; their names look like {names[0]!r} (qcompiler inspect lists them).")
+            raise OptionError(
+                f"ignore={glob!r} matches no Linear; their names look like {names[0]!r} (qcompiler inspect lists them)."
+            )
 
 
 def _recipe(
@@ -215,7 +232,7 @@ def _recipe(
     """What makes this artefact again, as JSON-ready data; the same input gives the same recipe."""
     return {
         "version": RECIPE_VERSION,
-        "qcompiler": __version__,
+        "qcompiler": version("qcompiler"),
         "source": {"name": source.name, "kind": source.kind, "sha256": source.sha256},
         "scheme": scheme.to_json(),
         "passes": ",".join(spell(item.name, item) for item in pipeline),

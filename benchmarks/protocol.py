@@ -1,0 +1,158 @@
+"""The measuring protocol that the figures in README.md and the closing notes follow, shared by the scripts beside it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODELS = Path(os.environ.get("QCOMPILER_MODELS", Path.home() / ".cache" / "qcompiler" / "models"))
+
+Feeds = dict[str, np.ndarray]
+
+
+def stsb(split: str, column: int) -> list[str]:
+    """A column of STS-B's ``dev`` or ``test`` table: 0 sentence1, 1 sentence2, 2 the human score."""
+    with (SHARED / "data" / "stsb" / f"{split}.csv").open(newline="", encoding="utf-8") as file:
+        return [row[column] for row in csv.reader(file)]
+
+
+def encode(folder: Path, sentences: Sequence[str], batch: int = 8, pad_to: int | None = None) -> list[Feeds]:
+    """Batches of input_ids, attention_mask and token_type_ids, padded to ``pad_to`` or to each batch's longest."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(pad_to or 128)
+    tokenizer.enable_padding(length=pad_to)
+    batches = []
+    for start in range(0, len(sentences), batch):
+        encodings = tokenizer.encode_batch(list(sentences[start : start + batch]))
+        ids = np.array([e.ids for e in encodings], np.int64)
+        mask = np.array([e.attention_mask for e in encodings], np.int64)
+        batches.append({"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)})
+    return batches
+
+
+def minilm_calibration() -> list[str]:
+    """sentence1 of the first 128 rows of STS-B dev."""
+    return stsb("dev", 0)[:128]
+
+
+def minilm_evaluation() -> list[str]:
+    """sentence1 of every 6th row of STS-B test, the first 200."""
+    return stsb("test", 0)[::6][:200]
+
+
+def pooled_sqnr(reference: Iterable[np.ndarray], got: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> float:
+    """10·log10(Σref² / Σerr²) over unmasked positions of [batch, sequence, hidden] arrays."""
+    signal = noise = 0.0
+    for ref, out, mask in zip(reference, got, masks, strict=True):
+        keep = mask.astype(bool)
+        r = ref[keep].astype(np.float64)
+        signal += float((r**2).sum())
+        noise += float(((out[keep] - r) ** 2).sum())
+    return float(10 * np.log10(signal / noise))
+
+
+def mean_pooled(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Sentence embeddings: the mean over unmasked positions, at unit length."""
+    weights = mask[:, :, None].astype(np.float32)
+    pooled = (hidden * weights).sum(1) / weights.sum(1)
+    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+
+def spearman_stsb(run: Callable[[Feeds], np.ndarray], folder: Path) -> float:
+    """Spearman correlation of cosine similarity with the human scores of STS-B test (1,379 pairs)."""
+    from scipy.stats import spearmanr
+
+    scores = [float(score) for score in stsb("test", 2)]
+    embedded = []
+    for column in (0, 1):
+        batches = encode(folder, stsb("test", column), batch=32)
+        embedded.append(np.concatenate([mean_pooled(run(feeds), feeds["attention_mask"]) for feeds in batches]))
+    return float(spearmanr((embedded[0] * embedded[1]).sum(1), scores).statistic)
+
+
+def one_thread_session(path: Path | bytes) -> ort.InferenceSession:
+    """A plain ONNX Runtime session on one thread with every graph optimisation on."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """CPU seconds of each run, taken in turn: whatever the machine does meanwhile falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(warmup + rounds):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if i >= warmup:
+                times[name].append(time.process_time() - start)
+    return times
+
+
+def median_ratio(times: Mapping[str, Sequence[float]], name: str, reference: str) -> float:
+    """Median over rounds of one run's time against the reference's of the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
+
+
+def peak_rss_mb() -> float:
+    """Peak resident set size of this process so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform != "darwin" else peak / 1024**2
+
+
+def quantize_with_ort(fp32: Path, out: Path, kind: str, calibration: Sequence[Feeds]) -> None:
+    """The peers that install in no time: onnxruntime.quantization, dynamic per channel and static U8S8."""
+    import logging
+
+    from onnxruntime import quantization as q
+
+    logging.disable(logging.WARNING)
+    if kind == "dynamic":
+        q.quantize_dynamic(fp32, out, per_channel=True)
+        return
+
+    class Reader(q.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(calibration)
+
+        def get_next(self) -> Feeds | None:
+            return next(self._batches, None)
+
+    q.quantize_static(
+        fp32,
+        out,
+        Reader(),
+        quant_format=q.QuantFormat.QDQ,
+        activation_type=q.QuantType.QUInt8,
+        weight_type=q.QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=["MatMul", "Gemm"],
+    )
+
+
+def print_table(title: str, columns: Mapping[str, tuple[str, str]], rows: Mapping[str, Mapping[str, float]]) -> None:
+    """One line a model; ``columns`` gives each figure its heading and format."""
+    table = Table(title=f"{title}; onnxruntime {ort.__version__}")
+    table.add_column("model")
+    for heading, _ in columns.values():
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(form.format(row[key]) if key in row else "" for key, (_, form) in columns.items()))
+    Console(width=140).print(table)

@@ -1,0 +1,39 @@
+"""Compile the real MiniLM-L6 sentence embedder to int8 and show what it costs and what it gains. Run by ``make demo``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from fetch_models import fetch_minilm, models_folder
+from rich.console import Console
+
+import qcompiler
+
+
+def sentences() -> list[str]:
+    """Real English that every Python ships: the sentences of its language reference."""
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    return [part.strip() + "." for part in text.split(". ") if 40 < len(part) < 200 and part[0].isupper()]
+
+
+def main() -> None:
+    console = Console()
+    folder = fetch_minilm(models_folder())
+    text = sentences()
+    calibration, held_back = text[:128], text[128:328]
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = qcompiler.compile(
+            folder, scheme="w8a8", calibration=calibration, output=Path(scratch) / "minilm-w8a8"
+        )
+        compiled = qcompiler.load(Path(scratch) / "minilm-w8a8")
+        accuracy = qcompiler.evaluate(compiled, reference=folder, data=held_back)
+        speed = qcompiler.bench(compiled, reference=folder)
+    console.print(compiled.report)
+    console.print(accuracy)
+    console.print(speed)
+
+
+if __name__ == "__main__":
+    main()
