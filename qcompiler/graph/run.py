@@ -65,7 +65,8 @@ class Runner:
         try:
             self._session = open_session(model, session_options(threads))
         finally:
-            del model.graph.outputs[len(model.graph.outputs) - len(tapped) :]
+            for _ in tapped:  # pop, for onnx_ir does not notice a del and would still take them for outputs
+                model.graph.outputs.pop()
         self.inputs = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
