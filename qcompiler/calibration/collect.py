@@ -12,7 +12,7 @@ import rich.console
 import rich.progress
 
 from qcompiler.calibration.observers import Observer, make_observer
-from qcompiler.calibration.observers.base import Rows, as_rows, not_finite
+from qcompiler.calibration.observers.base import Rows, Samples, as_rows, not_finite
 from qcompiler.calibration.origin import first_nan
 from qcompiler.core import DataError, ModelError, StatRequest
 from qcompiler.graph.run import Feeds, Runner
@@ -56,21 +56,26 @@ def collect(
     _check_names(model, by_value)
     runner = Runner(model, list(by_value), threads)
     ran = False
+    first = 0
     for index, feeds in enumerate(_shown(batches, progress)):
         ran = True
-        _observe(model, runner, feeds, by_value, index)
+        _observe(model, runner, feeds, by_value, index, first)
+        first += _samples_in(feeds)
     if not ran:
         raise DataError("the calibration data is empty: give at least one batch.")
     return {request: _result(request, observer) for request, observer in observers.items()}
 
 
-def _observe(model: ir.Model, runner: Runner, feeds: Feeds, by_value: dict[str, list[Observer]], index: int) -> None:
+def _observe(
+    model: ir.Model, runner: Runner, feeds: Feeds, by_value: dict[str, list[Observer]], index: int, first: int
+) -> None:
+    """Run one batch, whose first sample has the number ``first``."""
     mask = feeds.get(MASK)
     arrays = runner(feeds)
     for name in arrays.keys() - by_value.keys():
         del arrays[name]
     for name, observers in by_value.items():
-        rows = unpadded(arrays.pop(name), mask)
+        rows, samples = unpadded(arrays.pop(name), mask, _samples_in(feeds))
         if (fault := not_finite(rows)) is not None:
             origin = first_nan(model, feeds, name) if fault == "NaN" else None
             raise DataError(
@@ -78,24 +83,39 @@ def _observe(model: ir.Model, runner: Runner, feeds: Feeds, by_value: dict[str, 
                 + (f"; NaN first appears in {origin}." if origin else ".")
             )
         for observer in observers:
-            observer.observe(rows)
+            observer.observe(rows, samples + first)
 
 
-def unpadded(x: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> Rows:
-    """float32 [rows, channels] of a value, without the rows whose token is masked out.
+def unpadded(x: npt.NDArray[Any], mask: npt.NDArray[Any] | None, batch: int) -> tuple[Rows, Samples]:
+    """A value without rows whose token is masked out, float32 [rows, channels], and the sample of each, int64 [rows].
 
     A value is masked where its leading axes are the mask's [batch, sequence], where it is [batch · sequence, channels],
-    or where it is [batch, heads, sequence, channels]; any other is kept whole.
+    or where it is [batch, heads, sequence, channels]; any other is kept whole. Rows are shared out evenly among the
+    ``batch`` samples; where that cannot be, they all are of the first.
     """
-    if mask is None or np.all(kept := np.asarray(mask) != 0):
-        return as_rows(x)
-    if x.ndim > kept.ndim and x.shape[: kept.ndim] == kept.shape:
-        return as_rows(x[kept])
-    if kept.ndim == 2 and x.ndim == 4 and (x.shape[0], x.shape[2]) == kept.shape:
-        return as_rows(x.transpose(0, 2, 1, 3)[kept])
-    if x.ndim == 2 and x.shape[0] == kept.size:
-        return as_rows(x[kept.reshape(-1)])
-    return as_rows(x)
+    kept = _kept(x, mask)
+    rows = as_rows(x)
+    number = len(rows)
+    samples = np.arange(number) // (number // batch) if number and number % batch == 0 else np.zeros(number, np.int64)
+    return (rows, samples) if kept is None else (rows[kept], samples[kept])
+
+
+def _kept(x: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_] | None:
+    """Which of the value's rows are no padding, bool [rows]; None: all."""
+    if mask is None or np.all(real := np.asarray(mask) != 0):
+        return None
+    if x.ndim > real.ndim and x.shape[: real.ndim] == real.shape:
+        inner = x.shape[real.ndim : -1]
+        return np.repeat(real.reshape(-1), int(np.prod(inner)))
+    if real.ndim == 2 and x.ndim == 4 and (x.shape[0], x.shape[2]) == real.shape:
+        return np.repeat(real[:, None], x.shape[1], axis=1).reshape(-1)
+    return real.reshape(-1) if x.ndim == 2 and x.shape[0] == real.size else None
+
+
+def _samples_in(feeds: Feeds) -> int:
+    """Samples of a batch: the leading axis of the mask, or of the first input that has one."""
+    arrays = [np.asarray(feeds[MASK])] if MASK in feeds else [np.asarray(array) for array in feeds.values()]
+    return next((len(array) for array in arrays if array.ndim), 1) or 1
 
 
 def _result(request: StatRequest, observer: Observer) -> Any:

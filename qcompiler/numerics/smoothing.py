@@ -21,7 +21,11 @@ _FAINTEST = 1e-5  # of the largest: fainter channels count as much, so that no s
 
 
 def smoothing_scale(
-    activation_absmax: Array, weight_absmax: Array, alpha: float, normalise: str | None = "geometric"
+    activation_absmax: Array,
+    weight_absmax: Array,
+    alpha: float,
+    normalise: str | None = "geometric",
+    floor: float = 0.0,
 ) -> Vector:
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, equation 4); x is then divided by s, W multiplied.
 
@@ -30,6 +34,8 @@ def smoothing_scale(
         alpha: migration strength, 0 (weights are evened out) to 1 (activations are).
         normalise: a common factor of s changes no result of a quantization in per-tensor or per-channel scales;
             "geometric" makes the geometric mean 1, which keeps numbers tame, "max" the largest 1, None neither.
+        floor: fainter activation channels count as this fraction of the median channel: what was nearly silent in
+            calibration may fire on other data, and must not have been divided by next to nothing.
 
     Returns:
         float32 [channels], positive; 1 for dead channels (activation or weights all zero).
@@ -38,6 +44,7 @@ def smoothing_scale(
     scale = np.ones(np.shape(activation_absmax), np.float64)
     if live.any():
         x, w = (_lifted(np.asarray(a, np.float64)[live]) for a in (activation_absmax, weight_absmax))
+        x = np.maximum(x, floor * np.median(x))
         log = alpha * np.log(x) - (1 - alpha) * np.log(w)
         scale[live] = np.exp(log - {"geometric": log.mean(), "max": log.max(), None: 0.0}[normalise])
     return scale.astype(np.float32)
@@ -103,8 +110,8 @@ class SiteError:
         scaled = self._weight * s[:, None]
         if spec.granularity == "per_tensor":
             parts = np.split(scaled, self._edges[1:], axis=1)
-            return np.concatenate([_rounded_weight(part, spec, self._reduce_range) for part in parts], axis=1)
-        return _rounded_weight(scaled, spec, self._reduce_range)
+            return np.concatenate([rounded_weight(part, spec, self._reduce_range) for part in parts], axis=1)
+        return rounded_weight(scaled, spec, self._reduce_range)
 
     def _quantized_rows(self, s: Vector) -> Array:
         spec = self._specs[0]
@@ -150,7 +157,8 @@ def site_error(
     return SiteError(rows, weights, activation, weight, reduce_range=reduce_range, low=low, high=high)(scale)
 
 
-def _rounded_weight(weight: Array, spec: TensorSpec, reduce_range: bool) -> Array:
+def rounded_weight(weight: Array, spec: TensorSpec, reduce_range: bool = False) -> Array:
+    """Quantize and dequantize one weight [K, N]; float32, in place where it can be."""
     if spec.granularity == "per_group":
         q, scale = quantize_weight(weight, spec, reduce_range)
         return np.asarray(q * np.repeat(scale, spec.group_size or 1, axis=0)[: len(weight)])

@@ -71,13 +71,20 @@ def test_padding_is_not_observed(model: ir.Model) -> None:
 def test_unpadded_knows_the_shapes_of_transformers() -> None:
     mask = np.array([[1, 1, 0], [1, 0, 0]])
     token = np.arange(6, dtype=np.float32).reshape(2, 3, 1) + np.zeros(5, np.float32)
-    assert unpadded(token, mask)[:, 0].tolist() == [0, 1, 3]
-    assert unpadded(token.reshape(6, 5), mask)[:, 0].tolist() == [0, 1, 3]
+    for value in (token, token.reshape(6, 5)):
+        rows, samples = unpadded(value, mask, 2)
+        assert rows[:, 0].tolist() == [0, 1, 3]
+        assert samples.tolist() == [0, 0, 1]
     heads = np.broadcast_to(token[:, None], (2, 4, 3, 5))
-    assert unpadded(heads, mask)[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 3, 3, 3, 3]
-    assert unpadded(token[:, 0], mask).shape == (2, 5)
-    assert unpadded(np.float32(3), mask).shape == (1, 1)
-    assert unpadded(token, None).shape == (6, 5)
+    rows, samples = unpadded(heads, mask, 2)
+    assert rows[:, 0].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 3, 3, 3, 3]
+    assert samples.tolist() == [0] * 8 + [1] * 4
+    per_token = np.broadcast_to(token[:, :, None], (2, 3, 2, 5))
+    assert unpadded(per_token, mask, 2)[0][:, 0].tolist() == [0, 0, 1, 1, 3, 3]
+    assert unpadded(token[:, 0], mask, 2)[0].shape == (2, 5)
+    assert unpadded(token[0], None, 2)[1].tolist() == [0, 0, 0]
+    assert unpadded(np.float32(3), mask, 2)[0].shape == (1, 1)
+    assert unpadded(token, None, 2)[1].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_equal_requests_share_one_observer_and_one_run(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +114,23 @@ def test_row_samples_of_a_step_are_the_same_tokens(model: ir.Model) -> None:
     assert not np.array_equal(h, collect(model, data, requests, seed=6, progress=False)[requests[0]])
 
 
+def test_folds_deal_out_samples_over_all_batches(model: ir.Model) -> None:
+    data = [feeds(3, 4, seed, lengths=[4, 2, 3]) for seed in range(3)]  # samples 0 to 8
+    kept = [(3 * i + j, b["x"][j][b["attention_mask"][j] != 0]) for i, b in enumerate(data) for j in range(3)]
+    [sample] = collect(model, data, [request("h", "folds{folds=2}", -1)], progress=False).values()
+    for fold in range(2):
+        mine = np.concatenate([x for number, x in kept if number % 2 == fold])
+        np.testing.assert_array_equal(sample.low[fold], mine.min(0))
+        np.testing.assert_array_equal(sample.high[fold], mine.max(0))
+        np.testing.assert_array_equal(np.sort(sample.rows[sample.fold == fold], axis=0), np.sort(mine, axis=0))
+
+
+def test_folds_without_rows_are_left_out(model: ir.Model) -> None:
+    [sample] = collect(model, [feeds(2)], [request("h", "folds{folds=4}", -1)], progress=False).values()
+    assert sample.low.shape == (2, 4)
+    assert set(sample.fold) == {0, 1}
+
+
 class Stream:
     """Batches made on the way, so that the data itself takes no memory."""
 
@@ -118,7 +142,7 @@ class Stream:
 
 
 def test_ten_times_the_data_takes_the_same_memory(model: ir.Model) -> None:
-    observers = ("minmax", "ema", "moving", "percentile", "mse", "kl", "absmean", "rows", "hessian")
+    observers = ("minmax", "ema", "moving", "percentile", "mse", "kl", "absmean", "rows", "folds", "hessian")
     requests = [request(value, observer) for value in ("h", "guarded", "y") for observer in observers]
     collect(model, Stream(1), requests, progress=False)
     peaks = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -16,7 +17,13 @@ from qcompiler.calibration.observers import OBSERVERS, Observer
 from qcompiler.core import DataError, OptionError
 
 EXACT = [("minmax", None), ("minmax", -1), ("absmax", None), ("absmax", -1)]
-EXACT += [("percentile{percent=90}", None), ("kl", None), ("mse", None), ("mse{bits=4,symmetric=true}", None)]
+EXACT += [
+    ("minmax{margin=1.5}", None),
+    ("percentile{percent=90}", None),
+    ("kl", None),
+    ("mse", None),
+    ("mse{bits=4,symmetric=true}", None),
+]
 SUMS = [("absmean", None), ("absmean", -1), ("moving", None), ("moving", -1), ("hessian", -1)]
 ORDERED = [("ema{momentum=0.7}", None), ("ema{momentum=0.7}", -1), ("ema{momentum=0}", None)]
 CHANNELS = 3
@@ -49,6 +56,8 @@ def merged(shards: list[Observer]) -> Observer:
 
 
 def arrays(result: Any) -> list[np.ndarray]:
+    if dataclasses.is_dataclass(result):
+        result = tuple(vars(result).values())
     return [np.asarray(a) for a in (result if isinstance(result, tuple) else (result,))]
 
 
@@ -104,6 +113,11 @@ def test_ema_merges_as_maps_compose() -> None:
     assert float(a.merge(b).result()[1]) != float(b.merge(a).result()[1])
 
 
+def test_margin_widens_the_range() -> None:
+    low, high = observed("minmax{margin=1.5}", None, [np.array([[-2.0, 4.0]], np.float32)]).result()
+    assert (low, high) == (-3.0, 6.0)
+
+
 def test_moving_is_the_mean_of_the_steps() -> None:
     low, high = observed("moving", None, [np.array([[0.0, x]], np.float32) for x in (1, 2, 6)]).result()
     assert (float(low), float(high)) == (0.0, 3.0)
@@ -154,9 +168,11 @@ def test_merge_leaves_both_shards_alone(name: str) -> None:
 @settings(max_examples=40, deadline=None)
 def test_rows_with_their_positions_merge_to_the_sample_of_the_whole(data: list[np.ndarray], order: Any) -> None:
     starts = np.cumsum([0, *(len(batch) for batch in data)])
-    shards = [observed(f"rows{{count=4,start={s}}}", None, [b]) for s, b in zip(starts, data, strict=False)]
-    order.shuffle(shards)
-    assert_same(merged(shards).result(), observed("rows{count=4}", None, data).result())
+    for name in ("rows", "folds"):
+        shards = [observed(f"{name}{{count=4,start={s}}}", None, [b]) for s, b in zip(starts, data, strict=False)]
+        order.shuffle(shards)
+        whole = observed(f"{name}{{count=4}}", None, [np.concatenate(data)])
+        assert_same(merged(shards).result(), whole.result())
 
 
 def test_rows_sample_the_same_tokens_of_every_value() -> None:
@@ -218,6 +234,8 @@ def test_a_merged_sample_goes_on_behind_its_last_position() -> None:
         ("ema{momentum=1}", None, "momentum"),
         ("mse{bits=9}", None, "bits"),
         ("rows{count=0}", None, "count"),
+        ("folds{folds=0}", None, "fold"),
+        ("minmax{margin=0}", None, "margin"),
         ("mse", -1, "axis"),
         ("minmax", 0, "axis"),
         ("minmax,mse", None, "one observer"),

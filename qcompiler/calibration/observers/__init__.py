@@ -19,6 +19,7 @@ OBSERVERS = {
     "absmax": "qcompiler.calibration.observers.absmax:AbsMax",
     "absmean": "qcompiler.calibration.observers.absmean:AbsMean",
     "rows": "qcompiler.calibration.observers.rows:RowSample",
+    "folds": "qcompiler.calibration.observers.folds:Folds",
     "hessian": "qcompiler.calibration.observers.hessian:Hessian",
 }
 

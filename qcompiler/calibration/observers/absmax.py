@@ -12,7 +12,8 @@ from qcompiler.calibration.observers.minmax import MinMax
 
 @dataclasses.dataclass(eq=False)
 class AbsMax(MinMax):
-    """max|x| float32, a scalar or [channels]. Merges bit-exactly in any order."""
+    """max|x| float32, a scalar or [channels], times ``margin``. Merges bit-exactly in any order."""
 
     def _result(self) -> Any:
-        return np.maximum(np.abs(self.low), np.abs(self.high))
+        low, high = super()._result()
+        return np.maximum(np.abs(low), np.abs(high))

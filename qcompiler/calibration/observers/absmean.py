@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.calibration.observers.base import Observer, Rows
+from qcompiler.calibration.observers.base import Observer, Rows, Samples
 
 
 @dataclasses.dataclass(eq=False)
@@ -18,7 +18,7 @@ class AbsMean(Observer):
     total: npt.NDArray[np.float64] = dataclasses.field(init=False, repr=False)
     channels: int = dataclasses.field(default=0, init=False)
 
-    def _observe(self, rows: Rows) -> None:
+    def _observe(self, rows: Rows, samples: Samples) -> None:
         self.channels = rows.shape[1]
         self._add(np.asarray(np.abs(rows).sum(None if self.axis is None else 0, dtype=np.float64)))
 

@@ -15,6 +15,9 @@ from qcompiler.core import DataError, OptionError
 Rows = npt.NDArray[np.float32]
 """A batch of one value: float32 [rows, channels]."""
 
+Samples = npt.NDArray[np.int64]
+"""The sample (sentence, window, image) that each row comes from: int64 [rows], counted over all data."""
+
 
 @dataclasses.dataclass(eq=False)
 class Observer(abc.ABC):
@@ -28,6 +31,7 @@ class Observer(abc.ABC):
         axis: the one in use.
         seed: of random choices.
         seen: rows observed.
+        steps: batches observed.
     """
 
     axes: ClassVar[tuple[int | None, ...]] = (None, -1)
@@ -35,9 +39,12 @@ class Observer(abc.ABC):
     axis: int | None = dataclasses.field(default=None, init=False)
     seed: int = dataclasses.field(default=0, init=False)
     seen: int = dataclasses.field(default=0, init=False)
+    steps: int = dataclasses.field(default=0, init=False)
 
-    def update(self, x: npt.NDArray[Any]) -> None:
+    def update(self, x: npt.NDArray[Any], samples: Samples | None = None) -> None:
         """Observe a batch [rows, channels]; one without rows changes nothing.
+
+        ``samples`` [rows] says which sample each row comes from; without it every batch is one sample.
 
         Raises:
             DataError: a number is NaN or infinite, in float32.
@@ -45,16 +52,17 @@ class Observer(abc.ABC):
         rows = as_rows(x)
         if (fault := not_finite(rows)) is not None:
             raise DataError(f"an observed value holds {fault}.")
-        self.observe(rows)
+        self.observe(rows, np.full(len(rows), self.steps, np.int64) if samples is None else samples)
 
-    def observe(self, rows: Rows) -> None:
+    def observe(self, rows: Rows, samples: Samples) -> None:
         """As ``update``, of float32 [rows, channels] known to be finite: observers of one value share the check."""
         if rows.size:
-            self._observe(rows)
+            self._observe(rows, samples)
             self.seen += len(rows)
+            self.steps += 1
 
     @abc.abstractmethod
-    def _observe(self, rows: Rows) -> None:
+    def _observe(self, rows: Rows, samples: Samples) -> None:
         """Take in a batch of at least one row."""
 
     def merge(self, other: Self) -> Self:
@@ -70,6 +78,7 @@ class Observer(abc.ABC):
         if second.seen:
             merged._merge(second)
             merged.seen += second.seen
+            merged.steps += second.steps
         return merged
 
     @abc.abstractmethod

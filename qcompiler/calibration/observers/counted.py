@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from typing import ClassVar, Self
 
-from qcompiler.calibration.observers.base import Observer, Rows
+from qcompiler.calibration.observers.base import Observer, Rows, Samples
 from qcompiler.core import OptionError
 from qcompiler.numerics.histogram import Histogram
 
@@ -19,7 +19,7 @@ class Counted(Observer, abc.ABC):
 
     histogram: Histogram = dataclasses.field(default_factory=Histogram, init=False, repr=False)
 
-    def _observe(self, rows: Rows) -> None:
+    def _observe(self, rows: Rows, samples: Samples) -> None:
         self.histogram.add(rows)
 
     def _merge(self, other: Self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.calibration.observers.base import Observer, Rows
+from qcompiler.calibration.observers.base import Observer, Rows, Samples
 from qcompiler.calibration.observers.minmax import extremes
 from qcompiler.core import OptionError
 
@@ -23,7 +23,6 @@ class Ema(Observer):
     """
 
     momentum: float = 0.9
-    steps: int = dataclasses.field(default=0, init=False)
     first: npt.NDArray[np.float64] = dataclasses.field(init=False, repr=False)
     decayed: npt.NDArray[np.float64] = dataclasses.field(init=False, repr=False)
 
@@ -31,16 +30,14 @@ class Ema(Observer):
         if not 0 <= self.momentum < 1:
             raise OptionError(f"ema needs 0 <= momentum < 1, not {self.momentum}.")
 
-    def _observe(self, rows: Rows) -> None:
+    def _observe(self, rows: Rows, samples: Samples) -> None:
         step = np.stack(extremes(rows, self.axis)).astype(np.float64)
         if not self.steps:
             self.first, self.decayed = step, np.zeros_like(step)
         self.decayed = self.momentum * self.decayed + (1 - self.momentum) * step
-        self.steps += 1
 
     def _merge(self, other: Self) -> None:
         self.decayed = self.momentum**other.steps * self.decayed + other.decayed
-        self.steps += other.steps
 
     def _result(self) -> tuple[Any, Any]:
         low, high = (self.momentum**self.steps * self.first + self.decayed).astype(np.float32)

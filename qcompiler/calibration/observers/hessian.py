@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.calibration.observers.base import Observer, Rows
+from qcompiler.calibration.observers.base import Observer, Rows, Samples
 
 _ROWS = 1024  # converted to float64 at a time
 
@@ -21,7 +21,7 @@ class Hessian(Observer):
 
     gram: npt.NDArray[np.float64] = dataclasses.field(init=False, repr=False)
 
-    def _observe(self, rows: Rows) -> None:
+    def _observe(self, rows: Rows, samples: Samples) -> None:
         if not self.seen:
             self.gram = np.zeros((rows.shape[1], rows.shape[1]))
         for start in range(0, len(rows), _ROWS):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.calibration.observers.base import Observer, Rows
+from qcompiler.calibration.observers.base import Observer, Rows, Samples
 from qcompiler.core import OptionError
 
 Keys = npt.NDArray[np.uint64]
@@ -30,20 +30,21 @@ class RowSample(Observer):
     start: int = 0
     sample: Rows = dataclasses.field(init=False, repr=False)
     keys: Keys = dataclasses.field(init=False, repr=False)
+    origin: Samples = dataclasses.field(init=False, repr=False)
     spans: list[tuple[int, int, int]] = dataclasses.field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.start < 0:
             raise OptionError(f"rows needs count >= 1 and start >= 0, not count={self.count}, start={self.start}.")
 
-    def _observe(self, rows: Rows) -> None:
+    def _observe(self, rows: Rows, samples: Samples) -> None:
         keys = position_keys(self.seed, self._advance(len(rows)), len(rows))
         full = self.seen >= self.count
         chosen = np.flatnonzero(keys < self.keys[-1]) if full else np.arange(len(rows))
         if len(chosen) > self.count:
             chosen = chosen[np.argpartition(keys[chosen], self.count)[: self.count]]
         if len(chosen):
-            self._keep(rows[chosen], keys[chosen])
+            self._keep(rows[chosen], keys[chosen], samples[chosen])
 
     def _advance(self, number: int) -> int:
         """The position of the next row, behind all that were seen with this seed; ``number`` positions are taken."""
@@ -56,19 +57,20 @@ class RowSample(Observer):
         for seed, start, stop in other.spans:
             if any(s == seed and start < b and a < stop for s, a, b in self.spans):
                 raise OptionError("row samples of shards at the same positions: give each its own seed or its start.")
-        self._keep(other.sample, other.keys)
+        self._keep(other.sample, other.keys, other.origin)
         self.spans += other.spans
 
-    def _keep(self, rows: Rows, keys: Keys) -> None:
+    def _keep(self, rows: Rows, keys: Keys, origin: Samples) -> None:
         if self.seen:
-            rows, keys = np.concatenate([self.sample, rows]), np.concatenate([self.keys, keys])
+            rows = np.concatenate([self.sample, rows])
+            keys, origin = np.concatenate([self.keys, keys]), np.concatenate([self.origin, origin])
         order = np.argsort(keys, kind="stable")[: self.count]
-        self.sample, self.keys = rows[order], keys[order]
+        self.sample, self.keys, self.origin = rows[order], keys[order], origin[order]
 
     def _options(self) -> tuple[object, ...]:
         return (self.axis, self.count)
 
-    def _result(self) -> Rows:
+    def _result(self) -> Any:
         return self.sample
 
 
