@@ -40,7 +40,10 @@ class OrtCpu(Target):
         return capability(self.rows, self.vnni)
 
     def lower(self, model: ir.Model) -> Lowered:
-        """Integer products first among equals: then attention, norms, and what is left of our functions inlined."""
+        """Attention and norms to one operator each, Linears to integer products; what is left of our functions is inlined.
+
+        Shapes are asked of the canonical graph, so attention comes first: shape inference knows no integer product.
+        """
         costs = load_costs()
         facts = concrete_shapes(model)
         notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
