@@ -113,4 +113,4 @@ def _site(site: FoldSite) -> dict[str, Any]:
 
 def _typed(value: ir.Value) -> str:
     dims = ", ".join(str(dim) for dim in value.shape) if value.shape is not None else "?"
-    return f"{str(value.dtype).lower()}[{dims}]"
+    return f"{value.dtype.numpy() if value.dtype is not None else '?'}[{dims}]"
