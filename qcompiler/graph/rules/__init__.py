@@ -15,7 +15,7 @@ from qcompiler.graph.rules.gelu import raise_gelus
 from qcompiler.graph.rules.linear import raise_linears
 from qcompiler.graph.rules.naming import name_linears, record_parameters
 from qcompiler.graph.rules.norms import raise_norms
-from qcompiler.graph.rules.opset import convert_opset, source_opset
+from qcompiler.graph.rules.opset import convert_opset, convert_softmax, source_opset
 from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.rotary import raise_rotary
 from qcompiler.graph.rules.sequences import infer_shapes, raise_splits
@@ -45,12 +45,11 @@ def canonicalise(model: ir.Model) -> list[Note]:
         common.InlinePass(criteria=lambda function: function.domain != DOMAIN)(model)
     record_parameters(model)
     name_nodes(model)
-    infer_shapes(model)
     rewriter = Rewriter(model)
     convert_opset(rewriter, version)
-    expand_contrib(rewriter)
-    remove_dead(model)
     infer_shapes(model)
+    expand_contrib(rewriter)
+    convert_softmax(rewriter, version)
     simplify(rewriter)
     common.CommonSubexpressionEliminationPass()(model)
     remove_dead(model)

@@ -11,18 +11,28 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
+from qcompiler.graph.edit import remove_dead
 from qcompiler.graph.rules.contrib_attention import expand_attention, expand_multi_head_attention
 from qcompiler.graph.rules.rewriter import Rewriter, rank
+from qcompiler.graph.rules.sequences import infer_shapes
 
 _MICROSOFT = "com.microsoft"
 
 
 def expand_contrib(rewriter: Rewriter) -> None:
-    """Expand every operator of the table below."""
-    for domain in ("", _MICROSOFT):
-        table = _TABLE if domain == _MICROSOFT else _STANDARD_DOMAIN
-        for node in rewriter.nodes(*table, domain=domain):
-            table[node.op_type](rewriter, node)
+    """Expand every operator of the table below; shapes that one expansion makes known let others happen."""
+    before = -1
+    while (left := _left(rewriter)) and left != before:
+        before = left
+        for domain, table in _TABLES.items():
+            for node in rewriter.nodes(*table, domain=domain):
+                table[node.op_type](rewriter, node)
+        remove_dead(rewriter.model)
+        infer_shapes(rewriter.model)
+
+
+def _left(rewriter: Rewriter) -> int:
+    return sum(1 for domain, table in _TABLES.items() for _ in rewriter.nodes(*table, domain=domain))
 
 
 def drop_unused_domains(model: ir.Model) -> None:
@@ -116,7 +126,7 @@ def _embed_layer_norm(rewriter: Rewriter, node: ir.Node) -> None:
         rewriter.take_over(node.outputs[2], total)
     if _used(node, 1):
         axes = rewriter.constant(np.array([1], np.int64), "axes")
-        count = rewriter.insert(node, "ReduceSum", [mask, axes], {"keepdims": 0})
+        count = rewriter.insert(node, "ReduceSum", [mask, axes], {"keepdims": 0}, shape=ir.Shape([None]))
         rewriter.take_over(node.outputs[1], count)
     attributes = {"axis": -1, "epsilon": node.attributes.get_float("epsilon", 1e-12)}
     rewriter.replace(node.outputs[0], "LayerNormalization", [total, gamma, beta], attributes)
@@ -192,4 +202,4 @@ _TABLE: dict[str, Callable[[Rewriter, ir.Node], None]] = {
     "Attention": expand_attention,
     "MultiHeadAttention": expand_multi_head_attention,
 }
-_STANDARD_DOMAIN = {"SimplifiedLayerNormalization": _simplified_layer_norm}
+_TABLES = {_MICROSOFT: _TABLE, "": {"SimplifiedLayerNormalization": _simplified_layer_norm}}

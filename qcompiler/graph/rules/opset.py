@@ -15,9 +15,11 @@ import onnx_ir as ir
 from qcompiler.core import DOMAIN, ModelError
 from qcompiler.graph.functions import OPSET
 from qcompiler.graph.rules.rewriter import Rewriter, dims, rank
+from qcompiler.graph.rules.sequences import infer_shapes
 
 OLDEST, NEWEST = 11, 23
 
+_SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 _REDUCTIONS = ("Max", "Mean", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
 _CONTRIB_ONCE = {"SimplifiedLayerNormalization", "LayerNormalization"}
 """ONNX Runtime registers these in the standard domain, at any opset."""
@@ -49,13 +51,25 @@ def convert_opset(rewriter: Rewriter, version: int) -> None:
         since, rule = _UPWARD[node.op_type]
         if version < since:
             rule(rewriter, node)
-    for node in rewriter.nodes(*_DOWNWARD):
-        if version > OPSET:
+    if version > OPSET:
+        infer_shapes(rewriter.model)
+        for node in rewriter.nodes(*_DOWNWARD):
             _DOWNWARD[node.op_type](rewriter, node)
     _refuse_changed(rewriter, version)
     imports = rewriter.graph.opset_imports
     imports.pop("ai.onnx", None)
     imports[""] = OPSET
+
+
+def convert_softmax(rewriter: Rewriter, version: int) -> None:
+    """Softmax and its like from before opset 13: to be called when ranks are known.
+
+    Raises:
+        ModelError: one that runs over several axes at once.
+    """
+    if version < 13:
+        for node in rewriter.nodes(*_SOFTMAXES):
+            _softmax(rewriter, node)
 
 
 def _refuse_changed(rewriter: Rewriter, version: int) -> None:
@@ -68,7 +82,8 @@ def _refuse_changed(rewriter: Rewriter, version: int) -> None:
                 f"{OPSET}."
             )
         nested = node.graph is not rewriter.graph
-        if nested and node.op_type in _UPWARD and version < _UPWARD[node.op_type][0]:
+        since = 13 if node.op_type in _SOFTMAXES else _UPWARD.get(node.op_type, (0,))[0]
+        if nested and version < since:
             raise ModelError(
                 f"node {node.name!r} ({node.op_type}) lies in a subgraph of an opset {version} model, which cannot be brought to "
                 f"opset {OPSET}: export the model at opset 18 or newer."
@@ -138,9 +153,6 @@ _UPWARD: dict[str, tuple[int, Callable[[Rewriter, ir.Node], None]]] = {
     "ReduceSum": (13, _ints_to_input("axes")),
     **{f"Reduce{name}": (18, _ints_to_input("axes")) for name in _REDUCTIONS},
     "Split": (18, _split),
-    "Softmax": (13, _softmax),
-    "LogSoftmax": (13, _softmax),
-    "Hardmax": (13, _softmax),
     "Dropout": (12, _dropout),
     "GridSample": (20, _grid_sample),
 }

@@ -37,6 +37,7 @@ class Rewriter:
         self.model = model
         self.graph = model.graph
         self._taken = value_names(model.graph)
+        self._node_names = {node.name for node in model.graph if node.name}
         self._shared: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def nodes(self, *op_types: str, domain: str = "") -> Iterator[ir.Node]:
@@ -51,6 +52,13 @@ class Rewriter:
         while candidate in self._taken:
             candidate, number = f"{name}_{number}", number + 1
         self._taken.add(candidate)
+        return candidate
+
+    def _fresh_node_name(self, name: str) -> str:
+        candidate, number = name, 2
+        while candidate in self._node_names:
+            candidate, number = f"{name}_{number}", number + 1
+        self._node_names.add(candidate)
         return candidate
 
     def initializer(self, name: str, array: npt.NDArray[Any], like: ir.Value | None = None, map_: str = "") -> ir.Value:
@@ -111,6 +119,7 @@ class Rewriter:
         node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs, name=name)
         for output in node.outputs:
             output.name = self.fresh(name)
+        node.name = self._fresh_node_name(name)
         node.metadata_props.update(before.metadata_props)
         first = node.outputs[0]
         first.shape = shape
@@ -137,10 +146,13 @@ class Rewriter:
         """
         producer = old.producer()
         assert producer is not None
-        new = self.insert(producer, op_type, inputs, attributes, domain=domain, name=producer.name)
+        name = producer.name
+        new = self.insert(producer, op_type, inputs, attributes, domain=domain, name=name)
         self.take_over(old, new)
         node = new.producer()
         assert node is not None
+        if producer.graph is None:  # the old node is gone, its name is free
+            node.name = name
         return node
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:
