@@ -40,7 +40,7 @@ class OrtCpu(Target):
         return capability(self.rows, self.vnni)
 
     def lower(self, model: ir.Model) -> Lowered:
-        """Attention and norms to one operator each, Linears to integer products; what is left of our functions is inlined.
+        """Attention and norms to one operator each, Linears to integer products; what else is ours is inlined.
 
         Shapes are asked of the canonical graph, so attention comes first: shape inference knows no integer product.
         """

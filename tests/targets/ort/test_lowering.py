@@ -1,6 +1,8 @@
 """The whole lowering: the same numbers as the fake-quant graph, in operators that ONNX Runtime runs fast."""
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from qcompiler.core import DOMAIN
@@ -51,6 +53,7 @@ def test_no_function_of_ours_is_left(make):
     assert {node.domain for node in model.graph} <= {"", "com.microsoft"}
     assert DOMAIN not in model.graph.opset_imports
     assert model.graph.opset_imports[""] == LOWERED_OPSET
+    onnx.checker.check_model(ir.to_proto(model))
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 5), (2, 64)])
