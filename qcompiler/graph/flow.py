@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import Note
-from qcompiler.graph.carriers import NONE, Labels, Step, carry
+from qcompiler.graph.carriers import carry
+from qcompiler.graph.labels import NONE, Labels, Step
 from qcompiler.graph.linear import as_linear
 from qcompiler.graph.shapes import OTHER_SIZES, SIZES, Fact, Facts, Sizes, concrete_shapes
 from qcompiler.graph.sources import Source, as_source
@@ -194,10 +195,12 @@ class _Flow:
         if node.op_type != "MatMul" or node.domain != "" or labels[0] is None or labels[1] is not None:
             return False
         weight = node.inputs[1]
+        if weight is None or weight.is_graph_input() or not node.name:
+            return False
         linear = as_linear(node)
         if linear is not None:
             return linear.weight_quant is None and linear.activation_quant is None
-        return weight is not None and weight.is_initializer() and not weight.is_graph_input() and _rank(weight) > 2
+        return weight.is_initializer() and _rank(weight) > 2
 
     def _sink(self, node: ir.Node, labels: Labels | None) -> None:
         assert labels is not None

@@ -77,7 +77,7 @@ def _vector_source(kind: str, node: ir.Node, index: int, no_shift: str) -> Sourc
 
 def _linear(node: ir.Node) -> Source | None:
     linear = as_linear(node)
-    if linear is None or linear.weight_quant is not None or linear.activation_quant is not None:
+    if linear is None or linear.weight_quant is not None or linear.weight.is_graph_input():
         return None
     bias = None
     if linear.add is not None:
