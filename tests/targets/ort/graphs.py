@@ -53,9 +53,10 @@ class Graph:
         self.graph.inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, dtype: ir.DataType = FLOAT) -> None:
+    def output(self, value: ir.Value, name: str, shape: list[int | str] | None = None) -> None:
         value.name = name
-        value.type = ir.TensorType(dtype)
+        value.type = ir.TensorType(FLOAT)
+        value.shape = None if shape is None else ir.Shape(shape)
         self.graph.outputs.append(value)
 
     def constant(self, array: object, name: str | None = None) -> ir.Value:
@@ -153,7 +154,7 @@ def encoder(
         y = g.op("Gelu", g.linear(x, f"{name}.intermediate.dense", (width, inner)))
         y = g.linear(y, f"{name}.output.dense", (inner, width))
         x = g.norm(g.op("Add", y, x), f"{name}.output.LayerNorm", width)
-    g.output(x, "last_hidden_state")
+    g.output(x, "last_hidden_state", ["B", "S", width])
     return g.model
 
 
@@ -207,7 +208,8 @@ def decoder(
         gate, up = (g.linear(h, f"{name}.mlp.{p}_proj", (width, inner), bias=False) for p in ("gate", "up"))
         y = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
         x = g.op("Add", x, g.linear(y, f"{name}.mlp.down_proj", (inner, width), bias=False))
-    g.output(g.linear(rms(x, "model.norm"), "lm_head", (width, vocabulary), bias=False), "logits")
+    logits = g.linear(rms(x, "model.norm"), "lm_head", (width, vocabulary), bias=False)
+    g.output(logits, "logits", ["B", "S", vocabulary])
     return g.model
 
 
