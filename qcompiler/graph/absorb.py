@@ -1,36 +1,29 @@
 """Fold a scale and a shift by channel into weights, or insert them before Linears, proved on numbers each time.
 
-The identity of SmoothQuant (Xiao et al. 2023, eq. 3) with the shift of Outlier Suppression+ (Wei et al. 2023, eq. 4):
+The identity of SmoothQuant (Xiao et al. 2023, eq. 3) with the shift of Outlier Suppression+ (Wei et al. 2023, section 4):
 ``y = x W + b = ((x - z) / s) (diag(s) W) + (b + z W)``. The source gives ``(x - z) / s`` out of its own weights.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.core import FoldPlan, ModelError, OptionError, QCompilerError
-from qcompiler.graph.edit import add_initializer, array_of, insert_node, unique_name, write_input
+from qcompiler.core import FoldPlan, OptionError
+from qcompiler.graph.edit import add_initializer, array_of
 from qcompiler.graph.flow import FoldSite, Sink
 from qcompiler.graph.linear import as_linear, linear_named
 from qcompiler.graph.shapes import SIZES, Fact
 from qcompiler.graph.sources import Source, as_source
-from qcompiler.graph.verify import region_outputs, relative_error
+from qcompiler.graph.transaction import FoldError, Transaction, Write, checked_cast
+from qcompiler.graph.verify import region_outputs
 
 Vector = npt.NDArray[np.float32]
-
-_TOLERANCE = 64
-"""How many units of rounding of the weights' dtype the proof may be off."""
-
-
-class FoldError(QCompilerError):
-    """A fold that would be wrong, or that cannot be proved; the model is as it was."""
 
 
 def fold(
@@ -64,7 +57,7 @@ def fold(
     if not (s != 1).any() and not z.any():
         whys = "; ".join(dict.fromkeys(note.why for note in site.blockers)) or "scale is 1 and shift is 0 throughout"
         raise FoldError(f"nothing to fold at {site.source.name!r}: {whys}")
-    edit = _Edit(model.graph)
+    edit = Transaction(model.graph)
     writes = [*_source_writes(edit, source, s, z), *_sink_writes(edit, site.sinks, s, z)]
     linears = [sink.linear for sink in site.sinks]
     proof = edit.apply(writes, lambda: region_outputs(model, site.boundary, linears, seed))
@@ -97,7 +90,7 @@ def insert_scale(
     dtype = readers[0].weight.dtype
     assert dtype is not None
     boundary = {value.name or "": Fact((*SIZES[: rank - 1], channels), dtype)}
-    edit = _Edit(model.graph)
+    edit = Transaction(model.graph)
     sinks = [Sink(name, np.arange(channels, dtype=np.int32)) for name in linears]
 
     def insert() -> None:
@@ -105,9 +98,9 @@ def insert_scale(
         first = min((linear.matmul for linear in readers), key=order.__getitem__)
         x = value
         if z.any():
-            constant = add_initializer(model.graph, f"{value.name}.shift", _cast(z, dtype, "the shift"))
+            constant = add_initializer(model.graph, f"{value.name}.shift", checked_cast(z, dtype, "the shift"))
             x = edit.insert(first, "Sub", [x, constant], f"{value.name}.shifted", value)
-        factor = add_initializer(model.graph, f"{value.name}.inverse_scale", _cast(1 / s, dtype, "1 / scale"))
+        factor = add_initializer(model.graph, f"{value.name}.inverse_scale", checked_cast(1 / s, dtype, "1 / scale"))
         x = edit.insert(first, "Mul", [x, factor], f"{value.name}.scaled", value)
         for linear in readers:
             edit.set_input(linear.matmul, 0, x)
@@ -129,10 +122,7 @@ def _vectors(scale: npt.ArrayLike | None, shift: npt.ArrayLike | None, channels:
     return s, z
 
 
-Write = Callable[[], Any]
-
-
-def _source_writes(edit: _Edit, source: Source, s: Vector, z: Vector) -> list[Write]:
+def _source_writes(edit: Transaction, source: Source, s: Vector, z: Vector) -> list[Write]:
     node, index = source.weight
     weight = _numbers(node.inputs[index])
     writes: list[Write] = [edit.weight(node, index, weight.astype(np.float32) / s, weight)]
@@ -143,12 +133,12 @@ def _source_writes(edit: _Edit, source: Source, s: Vector, z: Vector) -> list[Wr
     elif z.any():
         if source.no_shift:
             raise FoldError(f"{source.node.name!r} cannot absorb a shift: {source.no_shift}")
-        array = _cast(-z / s, ir.DataType.from_numpy(weight.dtype), f"the bias of {source.node.name!r}")
+        array = checked_cast(-z / s, ir.DataType.from_numpy(weight.dtype), f"the bias of {source.node.name!r}")
         writes.append(functools.partial(edit.create_bias, source.node, array))
     return writes
 
 
-def _sink_writes(edit: _Edit, sinks: Sequence[Sink], s: Vector, z: Vector) -> list[Write]:
+def _sink_writes(edit: Transaction, sinks: Sequence[Sink], s: Vector, z: Vector) -> list[Write]:
     writes: list[Write] = []
     nodes = {node.name: node for node in edit.graph}
     for sink in sinks:
@@ -164,7 +154,7 @@ def _sink_writes(edit: _Edit, sinks: Sequence[Sink], s: Vector, z: Vector) -> li
             raise FoldError(f"{sink.linear!r} cannot absorb a shift: its weight has more than two axes")
         moved = (offset.astype(np.float64) @ weight.astype(np.float64)).astype(np.float32)
         if linear.add is None:
-            array = _cast(moved, ir.DataType.from_numpy(weight.dtype), f"the bias of {sink.linear!r}")
+            array = checked_cast(moved, ir.DataType.from_numpy(weight.dtype), f"the bias of {sink.linear!r}")
             writes.append(functools.partial(edit.create_bias, matmul, array))
         else:
             slot = next(i for i, value in enumerate(linear.add.inputs) if value is linear.bias)
@@ -178,125 +168,3 @@ def _numbers(value: ir.Value | None) -> npt.NDArray[Any]:
     if array is None:
         raise FoldError(f"{value.name if value is not None else 'an absent input'!r} is not a constant any more")
     return array
-
-
-def _cast(array: npt.NDArray[Any], dtype: ir.DataType, what: str) -> npt.NDArray[Any]:
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype.numpy())
-    if not np.isfinite(cast.astype(np.float64)).all():
-        raise FoldError(f"{what} would overflow {dtype.name.lower()}")
-    return cast
-
-
-class _Edit:
-    """Writes to one graph that are all kept or all undone."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.initializers = dict(graph.initializers)
-        self.undo: list[Callable[[], None]] = []
-        self.copies: dict[tuple[ir.Value, bytes], ir.Value] = {}
-        self.epsilon = 0.0
-
-    def apply(self, writes: Sequence[Write], outputs: Callable[[], dict[str, npt.NDArray[Any]]]) -> float:
-        """Do the writes; the relative error of ``outputs`` by them. Where it is too large, undo and raise."""
-        try:
-            before = outputs()
-            for write in writes:
-                write()
-            proof = relative_error(before, outputs())
-        except ModelError as error:
-            self.roll_back()
-            raise FoldError(f"no proof, no fold: {error}") from error
-        if not proof <= _TOLERANCE * self.epsilon:
-            self.roll_back()
-            raise FoldError(f"the fold changes the outputs of its region by {proof:.1e} of their largest")
-        self.inherit_names()
-        return proof
-
-    def inherit_names(self) -> None:
-        """A weight whose last reader went over to a copy is dropped, and the copy takes its name."""
-        for (old, _), new in self.copies.items():
-            name = old.name or ""
-            if name in self.graph.initializers and self.graph.initializers[name] is old and not old.uses():
-                self.graph.initializers.pop(name)
-                new.name = name
-
-    def roll_back(self) -> None:
-        for step in reversed(self.undo):
-            step()
-        self.graph.initializers.clear()
-        for value in self.initializers.values():
-            self.graph.register_initializer(value)
-
-    def weight(
-        self, node: ir.Node, index: int, array: npt.NDArray[np.float32], old: npt.NDArray[Any], key: bytes = b""
-    ) -> Write:
-        """A write of ``array`` in the dtype of ``old``, checked for overflow now and done later.
-
-        Nodes that read one weight and change it alike (a Linear called twice) share the new one: ``key`` tells them.
-        """
-        value = node.inputs[index]
-        assert value is not None
-        dtype = ir.DataType.from_numpy(old.dtype)
-        cast = _cast(array, dtype, repr(value.name))
-        self.epsilon = max(self.epsilon, _epsilon(dtype))
-
-        def write() -> None:
-            self.set_input(node, index, value)
-            if key and (value, key) in self.copies:
-                node.replace_input_with(index, self.copies[value, key])
-            else:
-                new = write_input(node, index, cast)
-                new.metadata_props.update(value.metadata_props)
-                self.copies[value, key] = new
-
-        return write
-
-    def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
-        old = node.inputs[index]
-        self.undo.append(lambda: node.replace_input_with(index, old))
-        node.replace_input_with(index, value)
-
-    def insert(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, like: ir.Value) -> ir.Value:
-        node = insert_node(self.graph, before, op_type, inputs, name=name, like=like)
-        self.undo.append(lambda: self.graph.remove(node, safe=True))
-        return node.outputs[0]
-
-    def create_bias(self, node: ir.Node, array: npt.NDArray[Any]) -> None:
-        """Give a LayerNormalization or a Linear without bias this one; the value that others read keeps its name."""
-        bias = add_initializer(self.graph, f"{node.name}.bias", array)
-        if node.op_type == "LayerNormalization":
-            width = len(node.inputs)
-            node.resize_inputs(3)
-            self.undo.append(lambda: node.resize_inputs(width))
-            node.replace_input_with(2, bias)
-            return
-        product = node.outputs[0]
-        name = product.name or ""
-        readers = list(product.uses())
-        outputs = [i for i, output in enumerate(self.graph.outputs) if output is product]
-        add = ir.node("Add", [product, bias], name=unique_name(self.graph, f"{node.name}.add"))
-        add.outputs[0].type, add.outputs[0].shape = product.type, product.shape
-        self.graph.insert_after(node, add)
-
-        def read(value: ir.Value) -> None:
-            for reader, index in readers:
-                reader.replace_input_with(index, value)
-            for i in outputs:
-                self.graph.outputs[i] = value
-
-        def undo() -> None:
-            read(product)
-            self.graph.remove(add, safe=True)
-            product.name = name
-
-        read(add.outputs[0])
-        product.name = unique_name(self.graph, f"{name}.product")
-        add.outputs[0].name = name
-        self.undo.append(undo)
-
-
-def _epsilon(dtype: ir.DataType) -> float:
-    """Spacing of that floating-point type at 1, e.g. 2^-23 of float32."""
-    return float(ml_dtypes.finfo(dtype.numpy()).eps)
