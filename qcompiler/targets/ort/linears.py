@@ -66,7 +66,7 @@ def _refuse(linear: Linear) -> str | None:
     if linear.weight_quant is None or linear.weight_quant.op_type != "DequantizeLinear":
         return "its weight is not folded to integers"
     if quant is None:
-        return "its weight alone is quantized: ONNX Runtime has no faster product for that"
+        return "its weight alone is quantized: what becomes of it is left to ONNX Runtime"
     if is_call(quant, "FakeQuant"):
         scale = array_of(quant.inputs[1])
         if scale is None or scale.size != 1:
