@@ -70,9 +70,9 @@ def _values(model: ir.Model) -> Iterator[str]:
             yield f"value name {value.name!r} is used twice"
         seen.add(value.name or "")
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value not in made:
-                yield f"node {node.name!r} reads {value.name!r} before it is computed"
+        for read in node.inputs:
+            if read is not None and read not in made:
+                yield f"node {node.name!r} reads {read.name!r} before it is computed"
         for output in node.outputs:
             made.add(output)
             if not output.name:
@@ -93,7 +93,8 @@ def _call(model: ir.Model, node: ir.Node) -> Iterator[str]:
     if (DOMAIN, node.op_type, "") not in model.functions:
         yield f"node {node.name!r} calls {node.op_type}, which the model does not define"
     if len(node.inputs) != _INPUTS[node.op_type] or any(value is None for value in node.inputs):
-        yield f"node {node.name!r} calls {node.op_type} with {len(node.inputs)} inputs instead of {_INPUTS[node.op_type]}"
+        wanted = _INPUTS[node.op_type]
+        yield f"node {node.name!r} calls {node.op_type} with {len(node.inputs)} inputs instead of {wanted}"
     missing = _ATTRIBUTES.get(node.op_type, set()) - set(node.attributes)
     if missing:
         yield f"node {node.name!r} calls {node.op_type} without {', '.join(sorted(missing))}"

@@ -13,9 +13,9 @@ from qcompiler.passes.base import Context, Pass, PassResult, Stats
 
 @dataclasses.dataclass(frozen=True)
 class Normalise(Pass):
-    """Rewrite every spelling of Linears, norms, Gelu, rotary embeddings and attention into one; the rules are in graph/rules.
+    """Rewrite every spelling of Linears, norms, Gelu, rotary embeddings and attention into one.
 
-    What is not understood passes through untouched.
+    The rules are in graph/rules. What is not understood passes through untouched.
     """
 
     name: ClassVar[str] = "normalise"

@@ -43,6 +43,7 @@ def canonicalise(model: ir.Model) -> list[Note]:
     version = source_opset(model)
     if any(function.domain != DOMAIN for function in model.functions.values()):
         common.InlinePass(criteria=lambda function: function.domain != DOMAIN)(model)
+    common.RemoveInitializersFromInputsPass()(model)  # old files list every weight as an input with a default
     record_parameters(model)
     name_nodes(model)
     rewriter = Rewriter(model)

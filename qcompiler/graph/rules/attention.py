@@ -9,9 +9,11 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
 from qcompiler.graph.edit import sole_user, users
-from qcompiler.graph.rules.rewriter import Rewriter, made_by, number, rank, with_number
+from qcompiler.graph.rules.rewriter import Rewriter, dims, lowest, made_by, number, rank, small_array, with_number
 
 _FLOAT_MIN = float(np.finfo(np.float32).min)
+_MASKED = -1e4
+"""A fill at or below this is meant to mask."""
 
 
 def raise_attentions(rewriter: Rewriter) -> None:
@@ -98,7 +100,7 @@ def _fill(node: ir.Node) -> tuple[ir.Value, float, bool] | None:
     if condition is None:
         return None
     for c, keeps in ((number(second), True), (number(first), False)):
-        if c is not None and c <= -1e4:
+        if c is not None and c <= _MASKED:
             return condition, c, keeps
     return None
 
@@ -126,11 +128,22 @@ def _raise(rewriter: Rewriter, product: ir.Node, scores: _Scores) -> None:
     k, inner = _keys(rewriter, product, k_t)
     if k is None:
         return
+    k, v = (_all_heads(rewriter, product, x, q) for x in (k, v))
     scale = scores.scale * q_scale * k_scale * inner
     mask = _mask(rewriter, product, scores, q)
     name = "Attention" if mask is None else "MaskedAttention"
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     rewriter.replace(output, name, inputs, {"scale": scale}, domain=DOMAIN)
+
+
+def _all_heads(rewriter: Rewriter, before: ir.Node, x: ir.Value, q: ir.Value) -> ir.Value:
+    """Multi-query attention: the one head of k or v, for all heads of q."""
+    sizes, wanted = dims(x), dims(q)
+    if sizes is None or wanted is None or sizes[1] != 1 or not isinstance(wanted[1], int) or wanted[1] == 1:
+        return x
+    target = rewriter.constant(np.array([1, wanted[1], 1, 1], np.int64), "heads")
+    shape = ir.Shape([x.shape[0], wanted[1], x.shape[2], x.shape[3]]) if x.shape is not None else None
+    return rewriter.insert(before, "Expand", [x, target], shape=shape, name=f"{before.name}/all_heads")
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -169,15 +182,17 @@ def _keys(rewriter: Rewriter, before: ir.Node, k_t: ir.Value) -> tuple[ir.Value 
 def _mask(rewriter: Rewriter, before: ir.Node, scores: _Scores, q: ir.Value) -> ir.Value | None:
     """One additive mask.
 
-    A fill becomes a term 0 or fill: where fill is as low as float goes, adding a score to it changes nothing, not even in a
-    row that is masked throughout. A milder fill (-10000) is lowered so far, unless another mask adds to it.
+    A fill becomes a term 0 or fill: where fill is as low as float goes, adding a score to it changes nothing, not even
+    in a row that is masked throughout. A milder fill (-10000) is lowered so far, unless another mask adds to it.
     """
     dtype = q.dtype or ir.DataType.FLOAT
-    terms = list(scores.masks)
+    terms = [mask for mask in scores.masks if not _always_zero(mask)]
     for condition, fill, keeps in scores.fills:
-        low = fill if scores.masks or len(scores.fills) > 1 else min(fill, _FLOAT_MIN)
+        if _always(condition, keeps):
+            continue
+        low = fill if terms or len(scores.fills) > 1 else min(fill, _FLOAT_MIN)
         zero = rewriter.constant(np.asarray(0.0, dtype.numpy()), "zero")
-        fill_value = rewriter.constant(np.asarray(max(low, float(np.finfo(dtype.numpy()).min)), dtype.numpy()), "fill")
+        fill_value = rewriter.constant(np.asarray(max(low, lowest(dtype)), dtype.numpy()), "fill")
         inputs = [condition, zero, fill_value] if keeps else [condition, fill_value, zero]
         terms.append(
             rewriter.insert(before, "Where", inputs, shape=condition.shape, dtype=dtype, name=f"{before.name}/mask")
@@ -188,3 +203,25 @@ def _mask(rewriter: Rewriter, before: ir.Node, scores: _Scores, q: ir.Value) -> 
     for term in terms[1:]:
         mask = rewriter.insert(before, "Add", [mask, term], name=f"{before.name}/masks", dtype=dtype)
     return mask
+
+
+def _always_zero(mask: ir.Value) -> bool:
+    """A mask that masks nothing (models without padding have one all the same)."""
+    array = small_array(mask)
+    if array is not None:
+        return not array.any()
+    node = made_by(mask, "Where", "Expand")
+    if node is None or node.inputs[0] is None:
+        return False
+    if node.op_type == "Expand":
+        return _always_zero(node.inputs[0])
+    return (_always(node.inputs[0], True) and number(node.inputs[1]) == 0.0) or (
+        _always(node.inputs[0], False) and number(node.inputs[2]) == 0.0
+    )
+
+
+def _always(condition: ir.Value, truth: bool) -> bool:
+    while (node := made_by(condition, "Expand")) is not None and node.inputs[0] is not None:
+        condition = node.inputs[0]
+    array = small_array(condition)
+    return array is not None and bool((array == truth).all())

@@ -1,4 +1,4 @@
-"""Operators of ONNX Runtime's own (com.microsoft) back to the standard ones they were fused from, so that rules see them.
+"""Operators of ONNX Runtime's own (com.microsoft) back to the standard ones they were fused from.
 
 A fused operator hides Linears, norms and residuals. What is in no table here passes through untouched.
 """
@@ -188,7 +188,8 @@ def _fused_gemm(rewriter: Rewriter, node: ir.Node) -> None:
     rewriter.replace(node.outputs[0], activation, [product])
 
 
-_TABLE: dict[str, Callable[[Rewriter, ir.Node], None]] = {
+_Rules = dict[str, Callable[[Rewriter, ir.Node], None]]
+_TABLE: _Rules = {
     "Gelu": _gelu("none"),
     "BiasGelu": _gelu("none"),
     "FastGelu": _gelu("tanh"),
@@ -202,4 +203,4 @@ _TABLE: dict[str, Callable[[Rewriter, ir.Node], None]] = {
     "Attention": expand_attention,
     "MultiHeadAttention": expand_multi_head_attention,
 }
-_TABLES = {_MICROSOFT: _TABLE, "": {"SimplifiedLayerNormalization": _simplified_layer_norm}}
+_TABLES: dict[str, _Rules] = {_MICROSOFT: _TABLE, "": {"SimplifiedLayerNormalization": _simplified_layer_norm}}

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.rules.heads import additive, attend, causal_condition, merge_heads, split_heads
-from qcompiler.graph.rules.rewriter import Rewriter, dims, last_dim, rank
+from qcompiler.graph.rules.rewriter import Rewriter, dims, last_dim, made_by, rank
 
 
 def expand_attention(rewriter: Rewriter, node: ir.Node) -> None:
@@ -16,8 +16,8 @@ def expand_attention(rewriter: Rewriter, node: ir.Node) -> None:
     heads = node.attributes.get_int("num_heads", 0)
     width = last_dim(weight)
     known = x is not None and weight is not None and width is not None and heads > 0
-    odd = node.attributes.get_int("do_rotary", 0) or len(node.outputs) > 1 and _used(node.outputs[1])
-    if not known or odd or past is not None or weight is None or width is None or not _readable(mask):
+    odd = node.attributes.get_int("do_rotary", 0) or (len(node.outputs) > 1 and _used(node.outputs[1]))
+    if not known or odd or past is not None or weight is None or width is None or not _readable(mask, x):
         return
     sizes = list(node.attributes.get_ints("qkv_hidden_sizes", ()) or [width // 3] * 3)
     if sum(sizes) != width or sizes[0] % heads or sizes[2] % heads:
@@ -42,7 +42,7 @@ def expand_multi_head_attention(rewriter: Rewriter, node: ir.Node) -> None:
     q, k, v, bias, mask, extra_bias = inputs[:6]
     heads, width = node.attributes.get_int("num_heads", 0), last_dim(q)
     extra = any(value is not None for value in inputs[6:]) or any(_used(output) for output in node.outputs[1:])
-    if q is None or k is None or v is None or rank(q) != 3 or width is None or extra or not _readable(mask):
+    if q is None or k is None or v is None or rank(q) != 3 or width is None or extra or not _readable(mask, q):
         return
     if rank(k) not in (3, 4) or rank(v) != rank(k):
         return
@@ -71,7 +71,7 @@ def _attend(
     if mask is not None:
         terms.append(additive(rewriter, node, _keep(rewriter, node, mask, k), dtype, fill))
     if node.attributes.get_int("unidirectional", 0):
-        terms.append(additive(rewriter, node, causal_condition(rewriter, node, q, k), dtype))
+        terms.append(additive(rewriter, node, causal_condition(rewriter, node, q, k, from_end=True), dtype))
     total = terms[0] if terms else None
     for term in terms[1:]:
         total = rewriter.insert(node, "Add", [total, term], dtype=dtype)
@@ -89,12 +89,16 @@ def _wide(x: ir.Value | None, width: int) -> ir.Shape | None:
     return ir.Shape([*x.shape[:-1], width]) if x is not None and x.shape is not None else None
 
 
-def _readable(mask: ir.Value | None) -> bool:
+def _readable(mask: ir.Value | None, x: ir.Value | None) -> bool:
     """A mask of integers: [B] lengths, [B, T], or [B, S, T]."""
     if mask is None:
         return True
     sizes = dims(mask)
-    return sizes is not None and len(sizes) in (1, 2, 3)
+    if sizes is None or len(sizes) != 1:
+        return sizes is not None and len(sizes) in (2, 3)
+    batch = dims(x)  # a vector may also hold ends and starts, [2 · B]
+    same = batch is not None and batch[0] is not None and batch[0] == sizes[0]
+    return same or made_by(mask, "ReduceSum") is not None
 
 
 def _keep(rewriter: Rewriter, node: ir.Node, mask: ir.Value, k: ir.Value) -> ir.Value:

@@ -1,13 +1,15 @@
 """Gelu from its arithmetic, in whatever order the factors come.
 
-Instead of one pattern for each spelling, the elementwise region around an Erf or Tanh is evaluated on a grid and compared
-with the definition (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016: x·Φ(x), and its tanh form): a function of one
-variable that agrees on the grid is that function.
+Instead of one pattern for each spelling, the elementwise region around an Erf or Tanh is evaluated on a grid and
+compared with the definition (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016: x·Φ(x), and its tanh form): a
+function of one variable, built of a dozen smooth operators, that agrees on the grid is that function.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +29,8 @@ _FORMS: dict[str, Array] = {
     "none": _GRID * 0.5 * (1.0 + _ERF(_GRID / math.sqrt(2.0))),
     "tanh": _GRID * 0.5 * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (_GRID + 0.044715 * _GRID**3))),
 }
-_UNARY = {"Erf": _ERF, "Tanh": np.tanh, "Neg": np.negative, "Identity": lambda a: a}
-_BINARY = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power}
+_UNARY: dict[str, Any] = {"Erf": _ERF, "Tanh": np.tanh, "Neg": np.negative, "Identity": lambda a: a}
+_BINARY: dict[str, Any] = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power}
 
 
 def raise_gelus(rewriter: Rewriter) -> None:
@@ -89,7 +91,7 @@ def _evaluate(value: ir.Value | None, known: dict[ir.Value, Array], budget: list
     arguments = [_evaluate(v, known, budget) for v in node.inputs]
     if any(a is None for a in arguments):
         return None
+    function: Callable[..., Array] = {**_UNARY, **_BINARY}[node.op_type]
     with np.errstate(all="ignore"):
-        function = _UNARY.get(node.op_type) or _BINARY[node.op_type]
         known[value] = np.asarray(function(*arguments), dtype=np.float64)
     return known[value]

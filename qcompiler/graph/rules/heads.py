@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import DOMAIN, ModelError
-from qcompiler.graph.rules.rewriter import Rewriter, dims
+from qcompiler.graph.rules.rewriter import Rewriter, dims, lowest
 
 
 def split_heads(rewriter: Rewriter, before: ir.Node, x: ir.Value, heads: int) -> ir.Value:
@@ -66,7 +66,7 @@ def attend(
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         mask = additive(rewriter, before, mask, dtype)
     if causal:
-        triangle = additive(rewriter, before, causal_condition(rewriter, before, q, k), dtype)
+        triangle = additive(rewriter, before, causal_condition(rewriter, before, q, k, from_end=False), dtype)
         mask = triangle if mask is None else rewriter.insert(before, "Add", [mask, triangle], dtype=dtype)
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     name = "Attention" if mask is None else "MaskedAttention"
@@ -97,14 +97,13 @@ def additive(
     rewriter: Rewriter, before: ir.Node, keep: ir.Value, dtype: ir.DataType, fill: float | None = None
 ) -> ir.Value:
     """0 where ``keep`` is true, ``fill`` (the lowest number of the type) elsewhere."""
-    lowest = float(np.finfo(dtype.numpy()).min) if fill is None else fill
     zero = rewriter.constant(np.asarray(0.0, dtype.numpy()), "zero")
-    low = rewriter.constant(np.asarray(lowest, dtype.numpy()), "lowest")
+    low = rewriter.constant(np.asarray(lowest(dtype) if fill is None else fill, dtype.numpy()), "lowest")
     return rewriter.insert(before, "Where", [keep, zero, low], shape=keep.shape, dtype=dtype)
 
 
-def causal_condition(rewriter: Rewriter, before: ir.Node, q: ir.Value, k: ir.Value) -> ir.Value:
-    """Boolean [S, T]: key t at or before query s, the last query being the last key."""
+def causal_condition(rewriter: Rewriter, before: ir.Node, q: ir.Value, k: ir.Value, from_end: bool) -> ir.Value:
+    """Boolean [S, T]: key t at or before query s; the first query is the first key, or the last one the last."""
 
     def length(x: ir.Value) -> ir.Value:
         size = rewriter.insert(before, "Shape", [x], {"start": 2, "end": 3}, dtype=ir.DataType.INT64)
@@ -115,7 +114,8 @@ def causal_condition(rewriter: Rewriter, before: ir.Node, q: ir.Value, k: ir.Val
     queries, keys = length(q), length(k)
     rows = rewriter.insert(before, "Range", [zero, queries, one], dtype=ir.DataType.INT64)
     columns = rewriter.insert(before, "Range", [zero, keys, one], dtype=ir.DataType.INT64)
-    past = rewriter.insert(before, "Sub", [keys, queries], dtype=ir.DataType.INT64)
-    rows = rewriter.insert(before, "Add", [rows, past], dtype=ir.DataType.INT64)
+    if from_end:
+        past = rewriter.insert(before, "Sub", [keys, queries], dtype=ir.DataType.INT64)
+        rows = rewriter.insert(before, "Add", [rows, past], dtype=ir.DataType.INT64)
     rows = rewriter.insert(before, "Unsqueeze", [rows, rewriter.constant(np.array([1], np.int64), "axes")])
     return rewriter.insert(before, "LessOrEqual", [columns, rows], dtype=ir.DataType.BOOL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import onnx_ir as ir
 
@@ -57,7 +59,7 @@ def _transpose(rewriter: Rewriter, source: ir.Value) -> ir.Value:
 
 
 def _derived(rewriter: Rewriter, source: ir.Value, array: np.ndarray, map_: str, shared: bool) -> ir.Value:
-    """A weight made from an initializer: it takes the name, unless something else (a tied embedding) keeps the source."""
+    """A weight made from an initializer, under its name unless something else (a tied embedding) reads the source."""
     name = source.name or "weight"
     if not shared:
         source.metadata_props.setdefault("qcompiler.parameter", name)
@@ -68,10 +70,8 @@ def _derived(rewriter: Rewriter, source: ir.Value, array: np.ndarray, map_: str,
         made.metadata_props[TIED] = name
     release = getattr(source.const_value, "release", None)
     if release is not None:
-        try:
+        with contextlib.suppress(BufferError):  # somebody still looks at the mapped file
             release()
-        except BufferError:  # somebody still looks at the mapped file
-            pass
     return made
 
 

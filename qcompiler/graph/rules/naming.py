@@ -1,7 +1,8 @@
 """Names of Linears: the parameter's where the file kept it, else where in the model the operator came from.
 
-A name lost to an exporter ("onnx::MatMul_123") is found again in the bias ("encoder.layer.0.query.bias"), in the scopes that
-the dynamo exporter leaves on its nodes, or in the legacy exporter's node names ("/encoder/layer.0/query/MatMul").
+A name lost to an exporter ("onnx::MatMul_123") is found again in the bias ("encoder.layer.0.query.bias"), in the scopes
+that the dynamo exporter leaves on its nodes, or in the legacy exporter's node names
+("/encoder/layer.0/query/MatMul").
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import onnx_ir as ir
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.rules.rewriter import PARAMETER, Rewriter
 
-_LOST = re.compile(r"onnx::|val_|const|_?\d|.*(_output_|/)|.*_(transposed|quantized)$", re.IGNORECASE)
+_LOST = re.compile(r"onnx::|val_\d|const|_?\d+$|/|.*_output_\d", re.IGNORECASE)
+_WEIGHT = re.compile(r"[._]weight$")
 _SUFFIX = re.compile(r"(_\d+)?$")
 
 
@@ -50,7 +52,7 @@ def record_parameters(model: ir.Model) -> None:
 def _name(linear: Linear, sharing: dict[ir.Value, int]) -> str:
     weight = linear.weight.metadata_props.get(PARAMETER) or linear.weight.name or ""
     if not _LOST.match(weight):
-        return weight.removesuffix(".weight")
+        return _WEIGHT.sub("", weight)
     bias = linear.bias.name if linear.bias is not None and sharing[linear.bias] == 1 else None
     if bias and bias.endswith(".bias") and not _LOST.match(bias):
         return bias.removesuffix(".bias")

@@ -1,7 +1,7 @@
 """Opset 21 from 11 to 23: attributes that became inputs on the way up; operators of 22 and 23 on the way down.
 
-``onnx.version_converter`` refuses graphs with contrib operators (and the graphs of ``onnxruntime.transformers`` are full of
-them); what changed between 11 and 21 for operators that Transformers use fits one table.
+``onnx.version_converter`` refuses graphs with contrib operators, and the graphs of ``onnxruntime.transformers`` are
+full of them; what changed between 11 and 21 for operators that Transformers use fits one table.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def source_opset(model: ir.Model) -> int:
     if version is None:
         raise ModelError("the model imports no standard ONNX opset: it has no operator that qcompiler knows.")
     if not OLDEST <= version <= NEWEST:
-        raise ModelError(
-            f"the model is of ONNX opset {version}; opsets {OLDEST} to {NEWEST} are supported: export it again with one of them."
-        )
+        raise ModelError(f"the model is of ONNX opset {version}; export it with one from {OLDEST} to {NEWEST}.")
     return version
 
 
@@ -47,8 +45,8 @@ def convert_opset(rewriter: Rewriter, version: int) -> None:
     Raises:
         ModelError: an operator whose meaning cannot be kept, by name.
     """
-    for node in rewriter.nodes(*_UPWARD):
-        since, rule = _UPWARD[node.op_type]
+    for node in list(rewriter.graph.all_nodes()):
+        since, rule = _UPWARD.get(node.op_type, (0, _keep)) if node.domain == "" else (0, _keep)
         if version < since:
             rule(rewriter, node)
     if version > OPSET:
@@ -78,15 +76,14 @@ def _refuse_changed(rewriter: Rewriter, version: int) -> None:
             continue
         if not onnx.defs.has(node.op_type, "") or not _exists(node.op_type):
             raise ModelError(
-                f"node {node.name!r} is a {node.op_type}, which ONNX opset {OPSET} does not have: export the model at opset "
-                f"{OPSET}."
+                f"node {node.name!r} is a {node.op_type}, which ONNX opset {OPSET} does not have: "
+                f"export the model at opset {OPSET}."
             )
         nested = node.graph is not rewriter.graph
-        since = 13 if node.op_type in _SOFTMAXES else _UPWARD.get(node.op_type, (0,))[0]
-        if nested and version < since:
+        if nested and node.op_type in _SOFTMAXES and version < 13 and node.attributes.get_int("axis", 1) != -1:
             raise ModelError(
-                f"node {node.name!r} ({node.op_type}) lies in a subgraph of an opset {version} model, which cannot be brought to "
-                f"opset {OPSET}: export the model at opset 18 or newer."
+                f"node {node.name!r} ({node.op_type}) lies in a subgraph of an opset {version} model, which cannot be "
+                f"brought to opset {OPSET}: export the model at opset 13 or newer."
             )
 
 
@@ -98,6 +95,10 @@ def _exists(op_type: str) -> bool:
 
 
 # --- up ---
+
+
+def _keep(rewriter: Rewriter, node: ir.Node) -> None:
+    """Most operators only gained types."""
 
 
 def _ints_to_input(attribute: str, index: int = 1) -> Callable[[Rewriter, ir.Node], None]:
@@ -129,8 +130,8 @@ def _softmax(rewriter: Rewriter, node: ir.Node) -> None:
         tail = shape[axis + 1 :] if shape is not None and axis >= 0 else [None]
         if not all(d == 1 for d in tail):
             raise ModelError(
-                f"node {node.name!r} is a {node.op_type} over several axes at once, as before opset 13: export the model at "
-                "opset 13 or newer."
+                f"node {node.name!r} is a {node.op_type} over several axes at once, as before opset 13: "
+                "export the model at opset 13 or newer."
             )
     else:
         axis = -1
@@ -183,8 +184,8 @@ def _attention(rewriter: Rewriter, node: ir.Node) -> None:
     )
     if softcap or extra or q is None or k is None or v is None:
         raise ModelError(
-            f"node {node.name!r} is an Attention of opset 23 with a cache or softcap, which opset {OPSET} does not have: export "
-            f"the model at opset {OPSET}."
+            f"node {node.name!r} is an Attention with a cache or softcap, which opset {OPSET} does not have: "
+            f"export the model at opset {OPSET}."
         )
     heads = node.attributes.get_int("q_num_heads", 0)
     kv_heads = node.attributes.get_int("kv_num_heads", 0)
@@ -203,13 +204,14 @@ def _rotary(rewriter: Rewriter, node: ir.Node) -> None:
     whole = node.attributes.get_int("rotary_embedding_dim", 0) == 0 and node.attributes.get_int("interleaved", 0) == 0
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         positions = node.inputs[3]
-        cos, sin = (rewriter.insert(node, "Gather", [table, positions], dtype=x.dtype) for table in (cos, sin))  # type: ignore[union-attr]
+        dtype = cos.dtype if cos is not None else None
+        cos, sin = (rewriter.insert(node, "Gather", [table, positions], dtype=dtype) for table in (cos, sin))
     elif rank(cos) != 3:
         whole = False
     if not whole or rank(x) != 4:
         raise ModelError(
-            f"node {node.name!r} is a RotaryEmbedding of opset 23 in a form that opset {OPSET} cannot write: export the model at "
-            f"opset {OPSET}."
+            f"node {node.name!r} is a RotaryEmbedding of opset 23 in a form that opset {OPSET} cannot write: "
+            f"export the model at opset {OPSET}."
         )
     one = rewriter.constant(np.array([1], np.int64), "axes")
     tables = []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -17,12 +18,15 @@ from qcompiler.graph.functions import ensure_function
 PARAMETER = "qcompiler.parameter"
 """Metadata key of an initializer: the name its parameter had in the model that came in."""
 MAP = "qcompiler.map"
-"""Metadata key of an initializer: what turns the parameter into it (comma list of transpose, one_plus, scale:factor)."""
+"""Metadata key of an initializer: what turns the parameter into it, a comma list of ``transpose``, ``one_plus``,
+``scale:factor`` and ``slice:axis:start:stop``."""
 TIED = "qcompiler.tied"
 """Metadata key of a Linear's weight: the name of the embedding initializer it is a copy of."""
 
 SMALL = 4096
 """Constants up to this many elements are looked at and folded; larger ones are weights and stay where they are."""
+SMALL_MASK = 1 << 18
+"""The same for booleans and integers: masks of 512 by 512."""
 
 
 class Rewriter:
@@ -66,7 +70,8 @@ class Rewriter:
         tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray would make a scalar a vector
         name = self.fresh(name)
         tensor.name = name
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         if like is not None:
             value.metadata_props.update(like.metadata_props)
             value.metadata_props.setdefault(PARAMETER, like.name or "")
@@ -188,6 +193,11 @@ class Rewriter:
         return True
 
 
+def lowest(dtype: ir.DataType) -> float:
+    """The lowest finite number of a floating type."""
+    return float(ml_dtypes.finfo(dtype.numpy()).min)
+
+
 # --- reading patterns ---
 
 
@@ -209,8 +219,10 @@ def small_array(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The numbers of a constant of at most ``SMALL`` elements; larger ones are not read from disk."""
     if value is None:
         return None
-    shape = value.const_value.shape if value.const_value is not None else value.shape
-    if shape is not None and shape.is_static() and math.prod(shape.numpy()) > SMALL:
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None:
+        return None
+    if tensor.size > (SMALL if tensor.dtype.is_floating_point() else SMALL_MASK):
         return None
     return array_of(value)
 
@@ -263,7 +275,7 @@ def is_vector(value: ir.Value | None, size: int | None = None) -> bool:
 
 
 def axes_of(node: ir.Node, index: int = 1) -> list[int] | None:
-    """The axes a reduction gets as input ``index`` (opset 18) or as attribute; None where they are computed or absent."""
+    """The axes that a node gets as input ``index`` or as attribute; None where they are computed or absent."""
     if "axes" in node.attributes:
         return [int(a) for a in node.attributes["axes"].as_ints()]
     array = small_array(node.inputs[index]) if len(node.inputs) > index else None

@@ -65,7 +65,7 @@ def _split(rewriter: Rewriter, node: ir.Node, sizes: list[int], readers: list[tu
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """ONNX shape inference where it can be done; values of sequence type keep theirs, which the pass would overwrite."""
+    """ONNX shape inference where it can be done; sequences keep their type, which the pass would overwrite."""
     from onnx_ir.passes import common
 
     sequences = [node.outputs[0] for node in model.graph if node.op_type in _SEQUENCES]

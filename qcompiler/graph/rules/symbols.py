@@ -6,7 +6,7 @@ Exporters compute every Reshape's target from Shape, Gather, Concat and friends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -147,7 +147,7 @@ def _where(condition: Element, a: Element, b: Element) -> Element:
     return (a if condition else b) if isinstance(condition, int) else (a if a == b else None)
 
 
-_RULES: dict[str, Callable[[Symbols, ir.Node], Sequence[Element] | None]] = {  # type: ignore[assignment]
+_RULES: dict[str, Callable[[Symbols, ir.Node], list[Element] | None]] = {
     "Shape": _shape,
     "Size": _size,
     "Identity": _same,
