@@ -2,9 +2,9 @@
 
 usage: minilm.py [--rounds N] [--json FILE]
 
-Calibrates on sentence1 of the first 128 rows of STS-B dev; evaluates on sentence1 of every 6th row of STS-B test (200), padded
-to 128, batch 8. SQNR of the last hidden state against torch fp32. Latency: one thread, alternating in one process, against the
-canonical fp32 graph under ORT_ENABLE_ALL.
+Calibrates on sentence1 of the first 128 rows of STS-B dev; evaluates on sentence1 of every 6th row of STS-B test (200),
+padded to 128, batch 8. SQNR of the last hidden state against torch fp32. Latency: one thread, alternating in one
+process, against the canonical fp32 graph under ORT_ENABLE_ALL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The measuring protocol that the figures in README.md and the closing notes follow, shared by the scripts beside it."""
+"""The measuring protocol behind the figures in README.md, shared by the scripts beside it."""
 
 from __future__ import annotations
 

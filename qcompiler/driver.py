@@ -70,8 +70,8 @@ def compile(
             onnx.ModelProto, or onnx_ir.Model. It is not changed.
         scheme: a preset's name (``qcompiler.scheme.PRESETS``) or a Scheme.
         target: "ort-cpu", "onnx" or "onnx{form=qoperator}".
-        calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list of
-            sentences, or a folder of images. Dynamic schemes run without it (and then without ``smooth``).
+        calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
+            of sentences, or a folder of images. Dynamic schemes run without it (and then without ``smooth``).
         output: a folder to save to; it must not exist, unless ``force``.
         passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
         ignore: globs over Linear names that stay in float.
@@ -94,7 +94,8 @@ def compile(
     _check_target(chosen, capability)
     if output is not None:
         refuse_existing(Path(output), force)
-    pipeline = pass_table.parse_pipeline(passes if passes is not None else default_passes(chosen, calibration is not None))
+    spelled = passes if passes is not None else default_passes(chosen, calibration is not None)
+    pipeline = pass_table.parse_pipeline(spelled)
     stages = Stages(progress)
 
     with stages("open"):
@@ -112,7 +113,9 @@ def compile(
     work = _Work(source, batches, Context(chosen, capability, seed), stages, Path(dump) if dump is not None else None)
     work.apply(pass_table.make_pass("normalise", {}))
     if not linears(work.model):
-        raise ModelError(f"{source.name} has no Linear (a MatMul or Gemm with a constant 2-D weight): nothing to quantize.")
+        raise ModelError(
+            f"{source.name} has no Linear (MatMul or Gemm with a constant 2-D weight): nothing to quantize."
+        )
     _check_ignore(work.model, chosen)
     canonical_float = work.model.clone()
     for item in pipeline:
@@ -172,7 +175,7 @@ class _Work:
             requests = item.wants(self.model, self.context)
             if requests and self.batches is None:
                 raise DataError(
-                    f"pass {item.name!r} needs activation statistics: give calibration data, or choose a dynamic scheme."
+                    f"pass {item.name!r} needs activation statistics: give calibration data or choose a dynamic scheme."
                 )
             stats = (
                 collect(self.model, self.batches, requests, seed=self.context.seed, progress=self.stages.progress)
@@ -199,10 +202,11 @@ class _Work:
         difference = compare_outputs(before, self.model, self.batches)
         if not difference <= FLOAT_TOLERANCE:
             raise ModelError(
-                f"pass {item.name!r} changed the model's float outputs by {difference:.1e} (allowed {FLOAT_TOLERANCE:.0e}): "
-                "leave it out with passes=..., and please report the model."
+                f"pass {item.name!r} changed the model's float outputs by {difference:.1e}, more than "
+                f"{FLOAT_TOLERANCE:.0e}: leave it out with passes=..., and please report the model."
             )
-        self.notes.append(Note(item.name, "outputs compared", f"relative difference {difference:.1e} on calibration data"))
+        why = f"relative difference {difference:.1e} on calibration data"
+        self.notes.append(Note(item.name, "outputs compared", why))
 
 
 def _check_target(scheme: Scheme, capability: Capability) -> None:
@@ -211,8 +215,8 @@ def _check_target(scheme: Scheme, capability: Capability) -> None:
         if spec is not None and not capability.runs(scheme.weight, spec):
             offered = ", ".join(kernel.name for kernel in capability.kernels)
             raise TargetError(
-                f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) takes "
-                f"weight {scheme.weight} with activation {spec}."
+                f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) "
+                f"takes weight {scheme.weight} with activation {spec}."
             )
 
 

@@ -41,7 +41,9 @@ class TensorSpec:
         if self.granularity not in GRANULARITIES:
             raise unknown("granularity", self.granularity, GRANULARITIES)
         if (self.granularity == "per_group") != (self.group_size is not None):
-            raise OptionError(f"group_size={self.group_size} with granularity {self.granularity!r}: one needs the other.")
+            raise OptionError(
+                f"group_size={self.group_size} with granularity {self.granularity!r}: one needs the other."
+            )
         if self.granularity == "per_token" and not self.dynamic:
             raise OptionError("per_token scales are known at run time only: set dynamic=True.")
 
@@ -99,7 +101,7 @@ class Scheme:
 
 
 _WEIGHT = TensorSpec("int8", symmetric=True, granularity="per_channel")
-_STATIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor", observer="mse")
+_STATIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor")
 _PER_TOKEN = TensorSpec("uint8", symmetric=True, granularity="per_token", dynamic=True)
 _PER_TENSOR_DYNAMIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor", dynamic=True)
 

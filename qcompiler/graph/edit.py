@@ -51,8 +51,8 @@ def add_initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.V
 def write_input(node: ir.Node, index: int, array: npt.NDArray[Any], name: str | None = None) -> ir.Value:
     """Give ``node`` its own constant as input ``index``; every other use of the old constant keeps the old numbers.
 
-    Copy-on-write is not optional: exporters share equal initializers between layers (DESIGN.md section 3), so that writing in
-    place would change layers that nobody looked at. Where this node was the only user, the name is kept.
+    Copy-on-write is not optional: exporters share equal initializers between layers, so that writing in place would
+    change layers that nobody looked at. Where this node was the only user, the name is kept.
     """
     graph = node.graph
     assert isinstance(graph, ir.Graph)
@@ -67,7 +67,8 @@ def write_input(node: ir.Node, index: int, array: npt.NDArray[Any], name: str | 
         new = add_initializer(graph, name, array)
         new.metadata_props.update(metadata)
     else:
-        new = add_initializer(graph, name or (old.name if old is not None and old.name else f"{node.name}.{index}"), array)
+        inherited = old.name if old is not None and old.name else f"{node.name}.{index}"
+        new = add_initializer(graph, name or inherited, array)
     node.replace_input_with(index, new)
     return new
 

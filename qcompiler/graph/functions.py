@@ -7,9 +7,9 @@ Norms and attention (raised by ``normalise``):
 
 - ``RMSNorm(x, weight) {epsilon}``: x / sqrt(mean(x², -1) + epsilon) · weight.
 - ``RotaryEmbedding(x, cos, sin)``: x·cos + rotate_half(x)·sin on the last axis; x [B, H, S, D].
-- ``Attention(q, k, v) {scale}`` and ``MaskedAttention(q, k, v, mask) {scale}``: softmax(scale · q kᵀ + mask) v; q [B, H, S, D],
-  k, v [B, H, T, D], mask float and additive, broadcast to [B, H, S, T]. Rows of the softmax sum to 1, or are 0 where
-  a row is masked throughout.
+- ``Attention(q, k, v) {scale}`` and ``MaskedAttention(q, k, v, mask) {scale}``: softmax(scale · q kᵀ + mask) v;
+  q [B, H, S, D], k, v [B, H, T, D], mask float and additive, broadcast to [B, H, S, T]. Rows of the softmax sum to 1,
+  or are 0 where a row is masked throughout.
 
 Fake-quant (placed by ``insert``), each x -> dequantize(quantize(x)):
 

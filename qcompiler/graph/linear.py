@@ -1,4 +1,4 @@
-"""The Linear view: ``MatMul(x, W[in, out])`` with an optional ``Add(bias)``, float, fake-quantized or folded to int8."""
+"""The Linear view: ``MatMul(x, W[in, out])`` and an optional ``Add(bias)``; float, fake-quantized or folded to int8."""
 
 from __future__ import annotations
 

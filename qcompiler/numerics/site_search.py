@@ -21,8 +21,8 @@ from qcompiler.scheme import TensorSpec
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float32]
 
-ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-FLOORS = (1.0, 2.0)
+ALPHAS = (0.7, 0.85, 1.0)
+FLOORS = (2.0,)
 MARGINS = (1.0, 1.2, 1.5, 2.0)
 
 
@@ -83,6 +83,7 @@ def search_site(
     alphas: Sequence[float] = ALPHAS,
     floors: Sequence[float] = FLOORS,
     margins: Sequence[float] = MARGINS,
+    keep_plain: bool = True,
     reduce_range: bool = False,
 ) -> Choice:
     """Try each alpha with each floor, and no smoothing, on one site.
@@ -95,6 +96,7 @@ def search_site(
         blocked: bool [channels], where the scale must stay 1.
         margins: factors on a static range. The one with the least held-out error of the activation, each channel
             weighed by the squared norm of its weights, is judged.
+        keep_plain: no smoothing may be chosen too; its error is told in any case.
 
     With fewer than two folds there is nothing to hold out: rows are judged by the scales they made.
     """
@@ -106,7 +108,7 @@ def search_site(
         scales = [limits.scale(candidate, fold) for fold in range(limits.folds)]
         errors = [judge(scales) for judge in judges]
         results.append((float(np.mean([error for error, _ in errors])), tuple(margin for _, margin in errors)))
-    best = min(range(len(results)), key=lambda i: results[i][0])
+    best = min(range(0 if keep_plain else 1, len(results)), key=lambda i: results[i][0])
     error, chosen = results[best]
     scale = None if candidates[best].alpha is None else limits.scale(candidates[best], None)
     return Choice(candidates[best], scale, chosen, error, results[0][0])

@@ -10,11 +10,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompiler.core import Note, StatRequest
-from qcompiler.graph.edit import array_of
-from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.numerics.smoothing import site_error
+from qcompiler.numerics.site_search import Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.judging import by_input, holds, left_margin, quantized, reader, sample_request
 from qcompiler.scheme import Scheme, TensorSpec
 
 _WEIGHT, _ACTIVATION = "qcompiler.weight", "qcompiler.activation"
@@ -24,72 +23,65 @@ _WEIGHT, _ACTIVATION = "qcompiler.weight", "qcompiler.activation"
 class Annotate(Pass):
     """Give each Linear its specs, or a reason why it stays in float.
 
-    Where the scheme has a fallback, the static spec must hold at each value that Linears read: its output error there,
-    measured on calibration rows, may exceed the fallback's by ``tolerance`` at most. It does not hold where the outliers are
+    A static min-max range gets the margin that calibration rows of other samples ask for. Where the scheme has a
+    fallback and the static spec does not hold (see ``judging.holds``), the value gets the fallback: its outliers are
     tokens and not channels, which no scale by channel can even out.
 
     Attributes:
-        tolerance: largest ratio of static to fallback error (both squared, relative) at which static holds.
-        floor: static error below which no ratio matters (1e-4: 40 dB).
         rows: calibration rows each value is judged on.
     """
 
     name: ClassVar[str] = "annotate"
-    tolerance: float = 4.0
-    floor: float = 1e-4
     rows: int = 512
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        if ctx.scheme.fallback is None:
+        if not self._judges(ctx.scheme):
             return []
-        return [request for group in by_input(quantized(model, ctx.scheme)) for request in judged_on(group[0], self.rows)]
+        return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme)]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
-        notes = list(_reasons(model, ctx.scheme))
+        notes = _reasons(model, ctx.scheme)
         for group in by_input(quantized(model, ctx.scheme)):
-            spec = ctx.scheme.activation
-            if ctx.scheme.fallback is not None:
-                spec, note = self._static_or_fallback(group, stats, ctx)
-                notes += [dataclasses.replace(note, node=linear.name) for linear in group if note]
+            spec, why = ctx.scheme.activation, ""
+            if self._judges(ctx.scheme):
+                spec, why = self._judge(group, stats, ctx)
             for linear in group:
                 _leave(linear, ctx.scheme.weight, spec)
+                if why:
+                    notes.append(Note(linear.name, f"activation {spec}", why))
         return PassResult(True, tuple(notes))
 
-    def _static_or_fallback(
-        self, group: Sequence[Linear], stats: Stats, ctx: Context
-    ) -> tuple[TensorSpec | None, Note | None]:
+    @staticmethod
+    def _judges(scheme: Scheme) -> bool:
+        """A static min-max range wants a margin, a fallback a decision."""
+        spec = scheme.activation
+        return spec is not None and not spec.dynamic and (spec.observer == "minmax" or scheme.fallback is not None)
+
+    def _judge(self, group: Sequence[Linear], stats: Stats, ctx: Context) -> tuple[TensorSpec, str]:
         scheme = ctx.scheme
-        static, fallback = (
-            group_error(group, spec, stats, ctx, self.rows) for spec in (scheme.activation, scheme.fallback)
+        assert scheme.activation is not None
+        static = self._error(group, scheme.activation, stats, ctx)
+        if scheme.fallback is not None and not holds(static.error, None):
+            other = self._error(group, scheme.fallback, stats, ctx)
+            if not holds(static.error, other.error):
+                return scheme.fallback, (
+                    f"error {static.error:.1e} static, {other.error:.1e} so: its outliers are tokens, not channels"
+                )
+        margin = left_margin(group) or static.margins[0]
+        spec = scheme.activation
+        if spec.observer == "minmax" and margin != 1:
+            spec = dataclasses.replace(spec, observer=f"minmax{{margin={margin:g}}}")
+        return spec, ""
+
+    def _error(self, group: Sequence[Linear], spec: TensorSpec, stats: Stats, ctx: Context) -> Choice:
+        return search_site(
+            [reader(group, stats[sample_request(group[0], self.rows)], None, ctx.seed)],
+            spec,
+            ctx.scheme.weight,
+            channels=group[0].in_features,
+            alphas=(),
+            reduce_range=ctx.capability.reduce_range,
         )
-        if self.holds(static, fallback):
-            return scheme.activation, None
-        why = f"static error {static:.1e} against {fallback:.1e}: its outliers are tokens, not channels"
-        return scheme.fallback, Note("", f"activation {scheme.fallback}", why)
-
-    def holds(self, static: float, fallback: float) -> bool:
-        """Whether the static spec is good enough at a value, by its errors."""
-        return static <= max(self.floor, self.tolerance * fallback)
-
-
-def quantized(model: ir.Model, scheme: Scheme) -> list[Linear]:
-    """The Linears that the scheme quantizes."""
-    heads = set() if scheme.head else output_heads(model)
-    return [linear for linear in linears(model) if not scheme.ignored_by(linear.name) and linear.name not in heads]
-
-
-def by_input(group: Sequence[Linear]) -> list[list[Linear]]:
-    """The Linears in groups that read one value: they share its quantization."""
-    groups: dict[ir.Value, list[Linear]] = {}
-    for linear in group:
-        groups.setdefault(linear.x, []).append(linear)
-    return list(groups.values())
-
-
-def judged_on(linear: Linear, rows: int) -> tuple[StatRequest, StatRequest]:
-    """The statistics of a Linear's input that :func:`group_error` reads: extremes by channel, and a sample of rows."""
-    value = linear.x.name or ""
-    return StatRequest(value, "minmax", -1), StatRequest(value, f"rows{{count={rows}}}", -1)
 
 
 def annotated(linear: Linear) -> tuple[TensorSpec | None, TensorSpec | None]:
@@ -111,28 +103,8 @@ def _reasons(model: ir.Model, scheme: Scheme) -> list[Note]:
     """Why the others stay in float."""
     chosen = {linear.name for linear in quantized(model, scheme)}
     return [
-        Note(linear.name, "left in float", f"ignored by {glob!r}" if glob else "the output head, which the scheme leaves")
+        Note(linear.name, "left in float", f"ignored by {glob!r}" if glob else "an output head; the scheme leaves it")
         for linear in linears(model)
         if linear.name not in chosen
         for glob in [scheme.ignored_by(linear.name)]
     ]
-
-
-def group_error(
-    group: Sequence[Linear], spec: TensorSpec | None, stats: Stats, ctx: Context, rows: int
-) -> float:
-    """Mean relative squared output error of Linears that read one value with its quantization ``spec``."""
-    extremes, sample = judged_on(group[0], rows)
-    low, high = stats[extremes]
-    weights = [array for linear in group if (array := array_of(linear.weight)) is not None]
-    error = site_error(
-        stats[sample],
-        weights,
-        None,
-        spec,
-        ctx.scheme.weight,
-        reduce_range=ctx.capability.reduce_range,
-        low=low,
-        high=high,
-    )
-    return error / len(weights)

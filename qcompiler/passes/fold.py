@@ -19,8 +19,8 @@ from qcompiler.passes.base import Context, Pass, PassResult, Stats
 class Fold(Pass):
     """Constants become integers: W -> DequantizeLinear(W_int8, scale).
 
-    ``bias="int32"`` also turns the bias of a static Linear into int32 with the derived scale s_x · s_w (Jacob et al. 2018,
-    section 2.4), for targets whose operators want it so; "float" leaves it, which is what ort-cpu's fastest kernel takes.
+    ``bias="int32"`` also turns the bias of a static Linear into int32 with the derived scale s_x · s_w (Jacob et al.
+    2018, section 2.4), for runtimes that want it so; "float" leaves it, which is what ort-cpu's fastest kernel takes.
     """
 
     name: ClassVar[str] = "fold"
@@ -41,7 +41,9 @@ class Fold(Pass):
 def _fold_weight(graph: ir.Graph, linear: Linear) -> None:
     assert linear.weight_quant is not None
     weight, scale, zero_point = (array_of(value) for value in linear.weight_quant.inputs)
-    assert weight is not None and scale is not None and zero_point is not None
+    assert weight is not None
+    assert scale is not None
+    assert zero_point is not None
     old = linear.weight
     name = old.name or linear.name
     integers = add_initializer(graph, f"{name}_quantized", quantize(weight, scale, zero_point))
@@ -62,9 +64,12 @@ def _fold_bias(graph: ir.Graph, linear: Linear) -> None:
     quant = linear.activation_quant
     if linear.bias is None or linear.add is None or not is_call(quant, "FakeQuant"):
         return
-    assert quant is not None and linear.weight_quant is not None
+    assert quant is not None
+    assert linear.weight_quant is not None
     bias, s_x, s_w = (array_of(v) for v in (linear.bias, quant.inputs[1], linear.weight_quant.inputs[1]))
-    assert bias is not None and s_x is not None and s_w is not None
+    assert bias is not None
+    assert s_x is not None
+    assert s_w is not None
     scale = (s_x * s_w).astype(np.float32)
     limits = np.iinfo(np.int32)
     integers = np.clip(np.rint(bias / scale.astype(np.float64)), limits.min, limits.max).astype(np.int32)

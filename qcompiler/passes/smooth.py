@@ -1,14 +1,14 @@
 """smooth: SmoothQuant (Xiao et al. 2023), with α searched at each site and kept only where it lowers the error.
 
 The outliers of an activation's channels move into the weights: x' = x / s, W' = s · W with
-s_j = max|x_j|^α / max|W_j|^(1-α) (equation 4). Where graph analysis finds a norm, a Linear or a constant Mul that may absorb
-1/s, it is folded there and costs nothing; elsewhere a Mul is inserted, if that pays.
+s_j = max|x_j|^α / max|W_j|^(1-α) (equation 4). Where graph analysis finds a norm, a Linear or a constant Mul that may
+absorb 1/s, it is folded there and costs nothing; elsewhere a Mul is inserted, if that pays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -17,15 +17,12 @@ import onnx_ir as ir
 
 from qcompiler.core import FoldPlan, Note, StatRequest
 from qcompiler.graph.absorb import FoldError, fold, insert_scale
-from qcompiler.graph.edit import array_of
 from qcompiler.graph.flow import FoldSite, Sink, analyse
 from qcompiler.graph.linear import Linear
-from qcompiler.numerics.smoothing import SiteError, smoothing_scale
-from qcompiler.passes.annotate import Annotate, by_input, judged_on, quantized
+from qcompiler.numerics.site_search import ALPHAS, FLOORS, Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.judging import by_input, holds, leave_margin, quantized, reader, sample_request
 from qcompiler.scheme import Scheme, TensorSpec
-
-Vector = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Site:
     Attributes:
         name: the node that absorbs 1/scale, or the value after which a Mul is inserted.
         channels: number of channels of the scale.
-        sinks: the quantized Linears, and which channel each of their rows belongs to.
+        sinks: the quantized Linears, and which channel each of their rows belongs to (-1: none).
         flow: the fold that analysis found legal; None: a Mul is inserted.
     """
 
@@ -44,6 +41,10 @@ class Site:
     sinks: tuple[tuple[Linear, npt.NDArray[np.int32]], ...]
     flow: FoldSite | None
 
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for linear, _ in self.sinks]
+
 
 @dataclasses.dataclass(frozen=True)
 class Smooth(Pass):
@@ -51,7 +52,6 @@ class Smooth(Pass):
 
     Attributes:
         alpha: the migration strength α for every site, kept whatever it does; None: search it at each.
-        steps: how many α from 0 to 1 a search tries.
         fold_gain: a folded scale is kept where it lowers the site's squared error by this factor at least.
         insert_gain: the same for an inserted Mul, which costs time in every run.
         insert: False: only fold.
@@ -61,16 +61,15 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     float_exact: ClassVar[bool] = True
     alpha: float | None = None
-    steps: int = 11
     fold_gain: float = 1.02
-    insert_gain: float = 1.25
+    insert_gain: float = 1.1
     insert: bool = True
     rows: int = 512
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         if ctx.scheme.activation is None:
             return []
-        return [request for linear in quantized(model, ctx.scheme) for request in judged_on(linear, self.rows)]
+        return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme)]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         notes: list[Note] = []
@@ -78,100 +77,83 @@ class Smooth(Pass):
         if ctx.scheme.activation is None:
             return PassResult(False)
         for site in _sites(model, ctx.scheme):
-            if site.flow is None and not self.insert:
-                continue
-            scale, note = self._choose(site, stats, ctx)
+            chosen, choice, note = self._choose(site, stats, ctx)
             notes.append(note)
-            if scale is None:
+            if choice is None or choice.scale is None:
                 continue
             try:
-                plans.append(_apply(model, site, scale, ctx.seed))
+                plans.append(_apply(model, chosen, choice, ctx.seed))
             except FoldError as error:
                 notes.append(Note(site.name, "not smoothed", str(error)))
+            else:
+                for group, margin in zip(by_input(chosen.linears), choice.margins, strict=True):
+                    leave_margin(group, margin)
         return PassResult(bool(plans), tuple(notes), tuple(plans))
 
-    def _choose(self, site: Site, stats: Stats, ctx: Context) -> tuple[Vector | None, Note]:
-        """The scale with the least error at this site, or None where it does not pay."""
-        judge = _Judge(site, stats, ctx, self.rows)
-        alphas = [self.alpha] if self.alpha is not None else [i / (self.steps - 1) for i in range(self.steps)]
-        scales = {alpha: judge.scale(alpha) for alpha in alphas}
-        spec, plain, errors = self._judged(judge, scales, ctx.scheme)
-        best = min(errors, key=lambda alpha: errors[alpha])
-        gain = plain / errors[best] if errors[best] > 0 else float("inf")
-        told = f"error {plain:.1e} -> {errors[best]:.1e} ({spec})"
-        if self.alpha is None and gain < (self.fold_gain if site.flow is not None else self.insert_gain):
-            return None, Note(site.name, "not smoothed", f"no gain worth it at the best alpha={best:g}: {told}")
-        return scales[best], Note(site.name, f"smooth alpha={best:g}", told)
+    def _choose(self, site: Site, stats: Stats, ctx: Context) -> tuple[Site, Choice | None, Note]:
+        """The scale with the least held-out error, folded or inserted, or None where none pays."""
+        options = []
+        if site.flow is not None:
+            options.append((self.fold_gain, site))
+        if self.insert and (site.flow is None or _shares_channels(site)):
+            options += [(self.insert_gain, inserted) for inserted in _as_insertions(site)]
+        told = ""
+        best: tuple[float, Site, Choice] | None = None
+        for needed, option in options:
+            spec, choice = self._search(option, stats, ctx)
+            gain = choice.plain / choice.error if choice.error > 0 else 1.0
+            told = f"error {choice.plain:.1e} -> {choice.error:.1e} ({spec})"
+            if choice.scale is not None and (self.alpha is not None or gain >= needed):
+                worth = gain / needed
+                if best is None or worth > best[0]:
+                    best = (worth, option, choice)
+                    what = f"smooth alpha={choice.candidate.alpha:g}"
+                    note = Note(option.name, what, told)
+        if best is None:
+            return site, None, Note(site.name, "not smoothed", f"no gain worth it: {told}" if told else "insert=false")
+        return best[1], best[2], note
 
-    def _judged(
-        self, judge: _Judge, scales: dict[float, Vector], scheme: Scheme
-    ) -> tuple[TensorSpec, float, dict[float, float]]:
-        """The spec that the site will have (see ``annotate``), its error without a scale, and with each."""
-        judged = {
-            spec: (judge.error(None, spec), {alpha: judge.error(scale, spec) for alpha, scale in scales.items()})
-            for spec in (scheme.activation, scheme.fallback)
-            if spec is not None
-        }
-        spec = scheme.activation
-        assert spec is not None
-        if scheme.fallback is not None:
-            static, dynamic = (min(plain, *errors.values()) for plain, errors in judged.values())
-            if not Annotate().holds(static, dynamic):
-                spec = scheme.fallback
-        return (spec, *judged[spec])
+    def _search(self, site: Site, stats: Stats, ctx: Context) -> tuple[TensorSpec, Choice]:
+        """The best scale for the spec that the site will have: the static one where it holds, else the fallback."""
+        scheme = ctx.scheme
+        assert scheme.activation is not None
+        choice = self._search_for(scheme.activation, site, stats, ctx)
+        if scheme.fallback is None or holds(choice.error, None):
+            return scheme.activation, choice
+        other = self._search_for(scheme.fallback, site, stats, ctx)
+        return (scheme.activation, choice) if holds(choice.error, other.error) else (scheme.fallback, other)
 
-
-class _Judge:
-    """Quantized output error of a site's Linears as a function of the scale."""
-
-    def __init__(self, site: Site, stats: Stats, ctx: Context, rows: int) -> None:
-        self._site, self._ctx = site, ctx
-        self._groups = []
-        for group in by_input([linear for linear, _ in site.sinks]):
-            columns = next(columns for linear, columns in site.sinks if linear is group[0])
-            extremes, sample = judged_on(group[0], rows)
-            weights = [array for linear in group if (array := array_of(linear.weight)) is not None]
-            self._groups.append((columns, stats[sample], stats[extremes], weights))
-        self._errors: dict[TensorSpec, list[SiteError]] = {}
-
-    def scale(self, alpha: float) -> Vector:
-        """SmoothQuant's s over the source's channels; channels that no sink reads, or that are blocked, keep 1."""
-        activation = np.zeros(self._site.channels, np.float32)
-        weight = np.zeros(self._site.channels, np.float32)
-        for columns, _, (low, high), weights in self._groups:
-            carried = columns >= 0
-            np.maximum.at(activation, columns[carried], np.maximum(-low, high)[carried])
-            for array in weights:
-                np.maximum.at(weight, columns[carried], np.abs(array).max(axis=1)[carried])
-        if self._site.flow is not None:
-            activation[self._site.flow.scale_blocked] = 0
-        return smoothing_scale(activation, weight, alpha)
-
-    def error(self, scale: Vector | None, spec: TensorSpec) -> float:
-        """Relative squared error, the mean over the site's Linears."""
-        if spec not in self._errors:
-            self._errors[spec] = [
-                SiteError(
-                    rows,
-                    weights,
-                    spec,
-                    self._ctx.scheme.weight,
-                    reduce_range=self._ctx.capability.reduce_range,
-                    low=low,
-                    high=high,
-                )
-                for _, rows, (low, high), weights in self._groups
-            ]
-        total = sum(
-            judge(None if scale is None else _spread(scale, columns))
-            for judge, (columns, *_) in zip(self._errors[spec], self._groups, strict=True)
+    def _search_for(self, spec: TensorSpec, site: Site, stats: Stats, ctx: Context) -> Choice:
+        columns = {linear.x: columns for linear, columns in site.sinks}
+        return search_site(
+            [
+                reader(group, stats[sample_request(group[0], self.rows)], columns[group[0].x], ctx.seed)
+                for group in by_input(site.linears)
+            ],
+            spec,
+            ctx.scheme.weight,
+            channels=site.channels,
+            blocked=site.flow.scale_blocked if site.flow is not None else None,
+            alphas=ALPHAS if self.alpha is None else (self.alpha,),
+            floors=FLOORS if self.alpha is None else (0.0,),
+            keep_plain=self.alpha is None,
+            reduce_range=ctx.capability.reduce_range,
         )
-        return total / len(self._site.sinks)
 
 
-def _spread(scale: Vector, columns: npt.NDArray[np.int32]) -> Vector:
-    """The scale of each input feature of a sink: its source channel's, or 1."""
-    return np.where(columns >= 0, scale[columns], np.float32(1))
+def _shares_channels(site: Site) -> bool:
+    """Whether several features of one Linear hang on one channel of the source (v to o under grouped queries)."""
+    return any(len(np.unique(c[c >= 0])) < (c >= 0).sum() for _, c in site.sinks)
+
+
+def _as_insertions(site: Site) -> list[Site]:
+    """The same Linears with a scale of their own before each value they read; one site a value."""
+    return [_insertion(group) for group in by_input(site.linears)]
+
+
+def _insertion(group: list[Linear]) -> Site:
+    every = np.arange(group[0].in_features, dtype=np.int32)
+    return Site(group[0].x.name or "", len(every), tuple((linear, every) for linear in group), None)
 
 
 def _sites(model: ir.Model, scheme: Scheme) -> Iterator[Site]:
@@ -187,8 +169,7 @@ def _sites(model: ir.Model, scheme: Scheme) -> Iterator[Site]:
                 del free[linear.name]
             yield Site(flow.source.name or "", flow.channels, tuple(sinks), flow)
     for group in by_input(list(free.values())):
-        every = np.arange(group[0].in_features, dtype=np.int32)
-        yield Site(group[0].x.name or "", len(every), tuple((linear, every) for linear in group), None)
+        yield _insertion(group)
 
 
 def _usable(sink: Sink, flow: FoldSite, free: dict[str, Linear]) -> bool:
@@ -196,8 +177,9 @@ def _usable(sink: Sink, flow: FoldSite, free: dict[str, Linear]) -> bool:
     return sink.linear in free and not flow.scale_blocked[carried].all()
 
 
-def _apply(model: ir.Model, site: Site, scale: Vector, seed: int) -> FoldPlan:
+def _apply(model: ir.Model, site: Site, choice: Choice, seed: int) -> FoldPlan:
+    assert choice.scale is not None
     if site.flow is not None:
-        return fold(model, site.flow, scale, seed=seed)
-    linears: Sequence[Linear] = [linear for linear, _ in site.sinks]
-    return insert_scale(model, linears[0].x, [linear.name for linear in linears], scale, seed=seed)
+        return fold(model, site.flow, choice.scale, seed=seed)
+    linears = site.linears
+    return insert_scale(model, linears[0].x, [linear.name for linear in linears], choice.scale, seed=seed)

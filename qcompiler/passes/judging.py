@@ -1,0 +1,78 @@
+"""What smooth and annotate judge a site by: which Linears, on which sample, and when a static scale is good enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.calibration.observers.folds import FoldSample
+from qcompiler.core import StatRequest
+from qcompiler.graph.edit import array_of
+from qcompiler.graph.heads import output_heads
+from qcompiler.graph.linear import Linear, linears
+from qcompiler.numerics.site_search import Reader
+from qcompiler.scheme import Scheme
+
+STATIC_ERROR = 1e-3
+"""Relative squared output error (30 dB) below which a static scale holds at a site, whatever else could be had. On
+SmolLM2 it parts the sites with outlier tokens (10 to 29 dB) from all others (above 31 dB)."""
+FALLBACK_GAIN = 2.0
+"""Above it, the fallback must lower the squared error by this factor (3 dB) to be worth its time."""
+
+_MARGIN = "qcompiler.margin"
+_OUTPUTS = 4096  # output features that a site is judged on at most: an output head has ten times as many
+
+
+def quantized(model: ir.Model, scheme: Scheme) -> list[Linear]:
+    """The Linears that the scheme quantizes."""
+    heads = set() if scheme.head else output_heads(model)
+    return [linear for linear in linears(model) if not scheme.ignored_by(linear.name) and linear.name not in heads]
+
+
+def by_input(group: Sequence[Linear]) -> list[list[Linear]]:
+    """The Linears in groups that read one value: they share its quantization."""
+    groups: dict[ir.Value, list[Linear]] = {}
+    for linear in group:
+        groups.setdefault(linear.x, []).append(linear)
+    return list(groups.values())
+
+
+def sample_request(linear: Linear, rows: int) -> StatRequest:
+    """The statistic of a Linear's input that :func:`reader` reads."""
+    return StatRequest(linear.x.name or "", f"folds{{count={rows}}}", -1)
+
+
+def reader(group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.int32] | None, seed: int) -> Reader:
+    """What the Linears of one input make of it, as the site search wants it.
+
+    Args:
+        columns: int32 [in_features], the site's channel of each feature; None: one each.
+        seed: of the sample of output features, where there are very many.
+    """
+    weight = np.concatenate([array for linear in group if (array := array_of(linear.weight)) is not None], axis=1)
+    if weight.shape[1] > 2 * _OUTPUTS:
+        weight = weight[:, np.sort(np.random.default_rng(seed).choice(weight.shape[1], _OUTPUTS, replace=False))]
+    if columns is None:
+        columns = np.arange(len(weight), dtype=np.int32)
+    return Reader(sample.rows, sample.fold, sample.low, sample.high, weight, columns)
+
+
+def leave_margin(group: Sequence[Linear], margin: float) -> None:
+    """Note on Linears of one input the margin that the search judged its scale with: the scale has seen all rows by
+    then, so that no margin can be judged on them again."""
+    for linear in group:
+        linear.matmul.metadata_props[_MARGIN] = repr(margin)
+
+
+def left_margin(group: Sequence[Linear]) -> float | None:
+    """What :func:`leave_margin` noted, or None."""
+    text = group[0].matmul.metadata_props.get(_MARGIN)
+    return float(text) if text is not None else None
+
+
+def holds(static: float, fallback: float | None) -> bool:
+    """Whether static quantization is good enough at a site, by its error and, if known, the fallback's."""
+    return static <= STATIC_ERROR or (fallback is not None and static <= FALLBACK_GAIN * fallback)
