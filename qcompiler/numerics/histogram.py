@@ -68,15 +68,6 @@ class Histogram:
             self.counts = _coarsened(self.counts, exponent - self.exponent)
             self.exponent = exponent
 
-    def masses(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Centres (float64) and counts of the bins that hold anything, in ascending order.
-
-        A centre never lies outside [low, high].
-        """
-        filled = np.flatnonzero(self.counts)
-        centres = np.clip((filled - SIDE + 0.5) * self.width, self.low, self.high)
-        return centres, self.counts[filled]
-
     @property
     def width(self) -> float:
         """Width of a bin."""

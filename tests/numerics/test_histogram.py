@@ -42,10 +42,6 @@ def test_every_number_is_in_its_bin(x: np.ndarray) -> None:
     magnitudes = np.floor(np.abs(x.astype(np.float64)) / histogram.width).astype(int)
     places = np.where(x < 0, SIDE - 1 - magnitudes, SIDE + magnitudes)
     np.testing.assert_array_equal(histogram.counts, np.bincount(places, minlength=2 * SIDE))
-    centres, counts = histogram.masses()
-    assert counts.sum() == x.size
-    assert x.min() <= centres.min()
-    assert centres.max() <= x.max()
 
 
 @pytest.mark.parametrize("reach", [1e-20, 0.1, 1.0, 1.999, 3e5, 3e38])
