@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from qcompiler.graph.absorb import fold
 from qcompiler.graph.carriers import carry
 from qcompiler.graph.labels import Labels, Step
 from qcompiler.graph.shapes import concrete_shapes
-from tests.graph.tiny import outputs, pairs, site_of, tiny
+from qcompiler.graph.verify import relative_error
+from tests.graph.tiny import feeds_for, outputs, pairs, site_of, tiny
 
 SHAPE = (2, 3, 12)
 
@@ -150,3 +152,30 @@ def test_what_may_stand_between_a_linear_and_a_linear(between: str, scale: bool,
     assert pairs(model).get("v") == ({"y"} if scale else None)
     if scale:
         assert (not site_of(model, "v").shift_blocked.any()) == shift
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_folds_through_any_layout_keep_the_outputs(data: st.DataObject) -> None:
+    """Whatever the layout operators do, what the analysis leaves free folds exactly."""
+    shape, lines, constants, x = SHAPE, [], {"w1": [12, 12]}, "v"
+    for i in range(data.draw(st.integers(0, 4))):
+        text, new, shape = data.draw(layout_op(shape, i))
+        if np.prod(shape) > 2000 or len(shape) > 6:
+            return
+        y = f"v{i}"
+        lines.append(f"{y}, rest{i} = {text.format(x=x)}" if text.startswith("Split") else f"{y} = {text.format(x=x)}")
+        constants |= new
+        x = y
+    body = f"v = MatMul(x, w1) {' '.join(lines)} y = MatMul({x}, w2)"
+    model = rankless(
+        tiny(f"g (float[2,3,12] x) => (float[N] y) {{ {body} }}", {**constants, "w2": [max(shape[-1], 1), 5]})
+    )
+    site = site_of(model, "v")
+    event(f"free share {np.round((~site.scale_blocked).mean(), 1)}")
+    feeds = feeds_for(model)
+    before = outputs(model, feeds)
+    if site.foldable:
+        rng = np.random.default_rng(0)
+        fold(model, site, np.exp(rng.uniform(-2, 2, 12)), rng.standard_normal(12))
+        assert relative_error(before, outputs(model, feeds)) < 1e-5
