@@ -53,17 +53,25 @@ class Runner:
         model: any stage of the pipeline; it is not changed.
         taps: names of inner values to return beside the model's own outputs.
         threads: intra-op threads; 0 leaves the number to ONNX Runtime.
+        as_deployed: run as a plain session would. Otherwise ONNX Runtime may not fuse quantize and dequantize nodes:
+            it turns ``DequantizeLinear -> MatMul`` into a MatMulNBits that quantizes the activation once more, and a
+            stage of the pipeline would no longer compute what it says.
     """
 
-    def __init__(self, model: ir.Model, taps: Sequence[str] = (), threads: int = 0) -> None:
+    def __init__(
+        self, model: ir.Model, taps: Sequence[str] = (), threads: int = 0, *, as_deployed: bool = False
+    ) -> None:
         self.outputs = [output.name or "" for output in model.graph.outputs]
         extra = [name for name in dict.fromkeys(taps) if name not in self.outputs]
         values = {output.name: output for node in model.graph for output in node.outputs}
         values.update({value.name: value for value in model.graph.inputs})
         tapped = [values[name] for name in extra]
+        options = session_options(threads)
+        if not as_deployed:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         model.graph.outputs.extend(tapped)
         try:
-            self._session = open_session(model, session_options(threads))
+            self._session = open_session(model, options)
         finally:
             for _ in tapped:  # pop, for onnx_ir does not notice a del and would still take them for outputs
                 model.graph.outputs.pop()

@@ -74,7 +74,7 @@ def output_errors(
     float_model: ir.Model, lowered: ir.Model, batches: Iterable[Feeds], samples: int, threads: int = 0
 ) -> dict[str, float]:
     """SQNR in dB of each float output of the lowered model, by name; masked rows do not count."""
-    reference, candidate = Runner(float_model, threads=threads), Runner(lowered, threads=threads)
+    reference, candidate = Runner(float_model, threads=threads), Runner(lowered, threads=threads, as_deployed=True)
     meters: dict[str, SqnrMeter] = {}
     for feeds in sliced(batches, samples):
         expected, got = reference(feeds), candidate(feeds)
