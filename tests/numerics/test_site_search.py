@@ -83,9 +83,12 @@ def test_a_channel_that_calibration_hardly_hears_is_not_divided_by_next_to_nothi
     site = reader(x, fold)
     no_floor = search_site([site], PER_TOKEN, WEIGHT, channels=CHANNELS, alphas=(1.0,), floors=(0.0,))
     floor = search_site([site], PER_TOKEN, WEIGHT, channels=CHANNELS, alphas=(1.0,), floors=(1.0,))
+    forced = search_site([site], PER_TOKEN, WEIGHT, channels=CHANNELS, alphas=(1.0,), floors=(0.0,), keep_plain=False)
     assert no_floor.candidate.alpha is None  # plain was better, on held-out rows
     assert no_floor.scale is None
     assert floor.error <= no_floor.error
+    assert forced.scale is not None
+    assert forced.error > forced.plain == no_floor.error
 
 
 def test_a_range_that_others_exceed_gets_a_margin() -> None:
@@ -138,13 +141,3 @@ def test_float_activations_leave_the_weights_error() -> None:
     x, fold = normal()
     choice = search_site([reader(x, fold)], None, WEIGHT, channels=CHANNELS)
     assert 0 < choice.error < 1e-4
-
-
-def test_plain_may_be_ruled_out() -> None:
-    x, fold = normal()
-    sites = [reader(x, fold)]
-    free = search_site(sites, PER_TOKEN, WEIGHT, channels=CHANNELS, alphas=(0.0,), floors=(0.0,))
-    forced = search_site(sites, PER_TOKEN, WEIGHT, channels=CHANNELS, alphas=(0.0,), floors=(0.0,), keep_plain=False)
-    assert free.scale is None
-    assert forced.scale is not None
-    assert forced.error > forced.plain == free.plain
