@@ -163,7 +163,7 @@ def _tell(options: argparse.Namespace, data: dict[str, Any], tables: Any) -> Non
     if options.json:
         print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(tables)
+        Console(width=None if sys.stdout.isatty() else 200).print(tables)
 
 
 def _source(path: str, options: argparse.Namespace) -> Source:

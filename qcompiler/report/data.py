@@ -23,7 +23,8 @@ class LinearRow:
         weight: how its weight is stored, e.g. "int8 per_channel static"; "float" where it was left.
         activation: how its input is quantized, or "float".
         kernel: the operator that computes it in the graph that ONNX Runtime really runs.
-        transform: what was folded or inserted before it, and why; "" for nothing.
+        transform: what was folded or inserted before it, and why; why its activation has another spec than the
+            scheme's; "" for neither.
         sqnr_db: SQNR of its output in the quantized model against the float model, in dB: errors from upstream
             included ("accumulated"); None: not measured.
         alone_db: the same where this Linear alone is quantized and everything upstream is float; None: not measured.

@@ -60,12 +60,11 @@ def layer_errors(
             keep = unmasked(feeds, results[signal].shape)
             meters[key].signal += float(results[signal][keep].sum(dtype=np.float64))
             meters[key].noise += float(results[noise][keep].sum(dtype=np.float64))
-    names = {name for name, kind in taps if kind == "accumulated"}
+    decibels = {key: meter.db for key, meter in meters.items()}
     errors = {
-        name: LayerError(
-            meters[name, "accumulated"].db, meters[name, "alone"].db if (name, "alone") in meters else None
-        )
-        for name in names
+        name: LayerError(db, decibels.get((name, "alone")))
+        for (name, kind), db in decibels.items()
+        if kind == "accumulated"
     }
     return errors, seen
 

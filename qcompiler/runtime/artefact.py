@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from qcompiler.core import ArtefactError, FoldPlan
 
@@ -97,7 +97,8 @@ def save_plans(plans: Sequence[FoldPlan], path: Path) -> None:
         for name, array in (("scale", plan.scale), ("shift", plan.shift)):
             if array is not None:
                 arrays[f"{number}.{name}"] = np.ascontiguousarray(array)
-    save_file(arrays, path, metadata={"plans": json.dumps(described)})
+    # Not save_file: it would make the file readable by its owner only.
+    path.write_bytes(save(arrays, metadata={"plans": json.dumps(described)}))
 
 
 def load_plans(path: Path) -> tuple[FoldPlan, ...]:

@@ -22,7 +22,11 @@ class _Coverage:
 
 def _report(**changes: object) -> Report:
     plan = FoldPlan("fold", "ln", ("fc1",), np.ones(K, np.float32))
-    notes = (Note("ln", "alpha=0.55", "3.0 dB less error"), Note("fc2", "kept", "whatever"))
+    notes = (
+        Note("ln", "smooth alpha=0.55", "3.0 dB less error"),
+        Note("fc2", "activation uint8 per_token dynamic", "outliers are tokens"),
+        Note("ln", "Sum in place of Add", "faster"),
+    )
     options = {
         "float_model": float_mlp(),
         "quantized_model": quantized_mlp(),
@@ -42,8 +46,8 @@ def test_a_row_for_each_linear_says_what_was_done_and_why() -> None:
     one, two = report.rows
     assert (one.name, one.in_features, one.out_features) == ("fc1", K, N)
     assert (one.weight, one.activation, one.kernel) == ("int8 per_channel static", "uint8 per_tensor static", "QGemm")
-    assert one.transform == "fold scale at ln: alpha=0.55, 3.0 dB less error"
-    assert two.transform == ""
+    assert one.transform == "fold scale at ln: smooth alpha=0.55, 3.0 dB less error"
+    assert two.transform == "activation uint8 per_token dynamic: outliers are tokens"
     assert one.sqnr_db is not None
     assert 25 < one.sqnr_db < 60
     assert report.output_sqnr_db["y"] == pytest.approx(two.sqnr_db, abs=0.1)
@@ -94,7 +98,7 @@ def test_markdown_and_terminal_show_every_row_and_the_totals() -> None:
     text = to_markdown(report)
     assert "| fc1 | 16x24 | int8 per_channel static |" in text
     assert "Linears in integers: 2 of 2" in text
-    assert "`ln`: alpha=0.55" in text
+    assert "`ln`: smooth alpha=0.55" in text
     assert str(report) == text
     out = io.StringIO()
     show(report, Console(file=out, width=200))
