@@ -1,6 +1,6 @@
 """Fold a scale and a shift by channel into weights, or insert them before Linears, proved on numbers each time.
 
-The identity of SmoothQuant (Xiao et al. 2023, eq. 3) with the shift of Outlier Suppression+ (Wei et al. 2023, section 4):
+The identity of SmoothQuant (Xiao et al. 2023, eq. 3) with the shift of Outlier Suppression+ (Wei et al. 2023, sec. 4):
 ``y = x W + b = ((x - z) / s) (diag(s) W) + (b + z W)``. The source gives ``(x - z) / s`` out of its own weights.
 """
 
