@@ -33,7 +33,8 @@ def open_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
         from qcompiler.frontends.torch_export import first_line, silent
     except ImportError as error:
         raise ModelError(
-            f"a Hugging Face folder such as {root} needs torch and transformers: pip install 'qcompiler[torch]' ({error})."
+            f"opening the Hugging Face folder {root} needs torch and transformers ({error}): "
+            "pip install 'qcompiler[torch]'."
         ) from error
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not weights:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qcompiler.core import ModelError, Note
 from qcompiler.frontends.hf_pooling import Pooling
 from qcompiler.frontends.source import Kind, Source
-from qcompiler.frontends.torch_export import Exported, capture, evaluation, silent, to_onnx
+from qcompiler.frontends.torch_export import Exported, capture, evaluation, first_line, silent, to_onnx
 from qcompiler.frontends.torch_module import as_call, auto_shapes, static_notes, user_inputs
 
 _BATCH, _SEQUENCE = 2, 12
@@ -44,7 +45,7 @@ def open_pretrained(
     Args:
         model: it is left as it was. Of an encoder-decoder the encoder is taken.
         example_inputs: dict or tuple (in the order of ``forward``); None: random ones that fit the config.
-        dynamic_shapes: one entry for each input, in order; None: batch and sequence.
+        dynamic_shapes: an entry for each input, in order or by name; None: batch and sequence.
         name, folder, sha256: of the folder it was loaded from.
         pooling: add an output ``sentence_embedding`` (sentence-transformers).
 
@@ -90,9 +91,18 @@ class _Wrapper(torch.nn.Module):
 
         The pooler of an encoder is left out where hidden states are there: sentence embeddings do not use it, and its
         weights are often missing from the files.
+
+        Raises:
+            ModelError: the model does not run on these inputs.
         """
-        with silent(), torch.no_grad(), evaluation(self.wrapped):
-            result = self.wrapped(**dict(zip(self.inputs, examples, strict=True)), **self._constants)
+        try:
+            with silent(), torch.no_grad(), evaluation(self.wrapped):
+                result = self.wrapped(**dict(zip(self.inputs, examples, strict=True)), **self._constants)
+        except Exception as error:
+            raise ModelError(
+                f"{type(self.wrapped).__name__} does not run on {', '.join(self.inputs)}: {first_line(error)}: "
+                "pass example_inputs that it runs on."
+            ) from error
         tensors = [k for k, v in result.items() if isinstance(v, torch.Tensor) and k not in _NOT_OUTPUTS]
         if "last_hidden_state" in tensors and "pooler_output" in tensors:
             tensors.remove("pooler_output")
@@ -105,14 +115,16 @@ class _Wrapper(torch.nn.Module):
 
 def _export(wrapper: _Wrapper, examples: tuple[Any, ...], dynamic_shapes: Any, notes: list[Note]) -> Exported:
     model = wrapper.wrapped
-    shapes = (tuple(dynamic_shapes),) if dynamic_shapes is not None else (auto_shapes(examples, {}),)
+    if isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = [dynamic_shapes.get(name) for name in wrapper.inputs]
+    shapes = (auto_shapes(examples, {}) if dynamic_shapes is None else tuple(dynamic_shapes),)
 
     def run() -> tuple[Exported, tuple[Note, ...]]:
         program = capture(wrapper, examples, {}, shapes)
         symbols = {}
         for tensor in user_inputs(program).values():
             for axis, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt) and axis in _SYMBOLS:
+                if axis in _SYMBOLS and not is_concrete_int(size):
                     symbols[str(size)] = _SYMBOLS[axis]
         exported = to_onnx(
             program,

@@ -91,7 +91,7 @@ class _Preprocessor:
 
 def _height_width(size: Any) -> tuple[int, int]:
     if isinstance(size, dict):
-        edge = size.get("shortest_edge", 224)
+        edge = int(size.get("shortest_edge", 224))
         return int(size.get("height", edge)), int(size.get("width", edge))
     if isinstance(size, tuple | list):
         return int(size[0]), int(size[1])

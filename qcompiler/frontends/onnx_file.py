@@ -28,7 +28,7 @@ def open_path(path: Path) -> Source:
     """
     if not path.is_file():
         raise ModelError(f"there is no file {path}.")
-    model = ir.from_proto(_parse(path))
+    model = _deserialize(_parse(path), str(path))
     ir.external_data.set_base_dir(model.graph, path.parent)
     _check(model, str(path))
     data = sorted({Path(t.path) for t in tensors(model) if isinstance(t, ir.ExternalTensor)})
@@ -43,8 +43,7 @@ def open_path(path: Path) -> Source:
 
 def open_proto(proto: onnx.ModelProto) -> Source:
     """Open a ModelProto; it is not changed. External data is looked for from the current folder on."""
-    model = ir.from_proto(proto)
-    assert isinstance(model, ir.Model)
+    model = _deserialize(proto, "the ModelProto")
     _check(model, "the ModelProto")
     return Source(_to_disk(model), model.graph.name or "model", guess_kind(model), hash_model(model))
 
@@ -64,7 +63,10 @@ def hash_model(model: ir.Model) -> str:
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > 1024:
             digest.update(f"{value.name} {tensor.dtype} {tensor.shape}".encode())
+            mapped = isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None
             digest.update(tensor.tobytes())
+            if isinstance(tensor, ir.ExternalTensor) and not mapped:
+                tensor.release()  # pages that were touched count as resident until the map is closed
             value.const_value = None
     digest.update(ir.to_proto(stripped).SerializeToString(deterministic=True))
     return digest.hexdigest()
@@ -87,6 +89,16 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(f"{path} is cut off or damaged: it has no {'opset' if proto.HasField('graph') else 'graph'}.")
     return proto
+
+
+def _deserialize(proto: onnx.ModelProto, what: str) -> ir.Model:
+    try:
+        return ir.from_proto(proto)
+    except (ir.serde.SerdeError, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"{what} is not a valid graph: {str(cause).splitlines()[0]}") from error
 
 
 def _check(model: ir.Model, what: str) -> None:
@@ -113,10 +125,10 @@ def _check_external(tensor: ir.ExternalTensor, what: str, opened: set[str]) -> N
         raise ModelError(
             f"external data {path} is cut off: weight {tensor.name!r} ends at byte {need:,} of {path.stat().st_size:,}."
         )
-    if str(path) not in opened and tensor.nbytes <= 1 << 16:
+    if str(path) not in opened and tensor.raw is None:
         opened.add(str(path))
         try:
-            tensor.numpy()  # onnx_ir refuses paths that leave the folder, by link or by ..
+            tensor.numpy()  # onnx_ir refuses paths that leave the folder, by link or by ..; nothing is read yet
         except ValueError as error:
             raise ModelError(f"external data {path} of {what} is refused: {error}") from error
         finally:

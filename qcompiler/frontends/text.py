@@ -38,7 +38,7 @@ def from_text(
     An encoder takes every non-empty line as a sample, with special tokens, cut after ``seq_len`` tokens; a batch is
     padded to its longest sample, with ``attention_mask`` 0 there. A causal LM takes the whole text as it is, spaces and
     newlines included (list items are joined by newlines), behind the tokenizer's leading special tokens if it has any,
-    and cuts it into windows of exactly ``seq_len`` tokens; what is left at the end is dropped unless it is all there is.
+    and cuts it into windows of exactly ``seq_len`` tokens; a shorter rest is dropped, unless it is all there is.
 
     Raises:
         DataError: no tokenizer, a model without ``input_ids``, no text, or a file that is not UTF-8.

@@ -163,13 +163,14 @@ def _cut_prefix(graph: ir.Graph, prefix: str) -> None:
 
 
 def _rename_symbols(model: ir.Model, symbols: Mapping[str, str]) -> None:
-    if not symbols:
-        return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    """Rename in all shapes; a size that tracing fixed, which the exporter may leave as symbol "3", becomes a number."""
+    word = re.compile(r"\w+")
 
     def rename(dim: Any) -> Any:
         text = dim.value if isinstance(dim, ir.SymbolicDim) else None
-        return ir.SymbolicDim(pattern.sub(lambda m: symbols[m[0]], text)) if text is not None else dim
+        if text is None:
+            return dim
+        return int(text) if text.isdecimal() else ir.SymbolicDim(word.sub(lambda m: symbols.get(m[0], m[0]), text))
 
     for graph in graphs(model):
         for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qcompiler.core import ModelError, Note
 from qcompiler.frontends.source import Source, guess_kind
@@ -83,7 +84,7 @@ def static_notes(program: torch.export.ExportedProgram, names: Sequence[str] | N
     for name, tensor in zip(names or inputs, inputs.values(), strict=True):
         wished = min(tensor.ndim, 1 if tensor.is_floating_point() else 2)
         for axis in range(wished):
-            if isinstance(tensor.shape[axis], int):
+            if is_concrete_int(tensor.shape[axis]):
                 why = f"the module is only traceable with axis {axis} of this input fixed to {tensor.shape[axis]}"
                 notes.append(Note(name, f"axis {axis} is static", why))
     return tuple(notes)
