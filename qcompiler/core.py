@@ -92,6 +92,7 @@ class FoldPlan:
         scale: float32 [channels] of the source, or None.
         shift: float32 [channels] of the source, or None.
         proof: relative error bound of the region's float64 equivalence test (max|a-b| / max|a|).
+        why: what the transform chose here, and what it gained.
     """
 
     kind: str
@@ -100,6 +101,7 @@ class FoldPlan:
     scale: npt.NDArray[np.float32] | None
     shift: npt.NDArray[np.float32] | None = None
     proof: float = float("nan")
+    why: str = ""
 
 
 class Quantization(Protocol):

@@ -67,6 +67,8 @@ class Runner:
         values.update({value.name: value for value in model.graph.inputs})
         tapped = [values[name] for name in extra]
         options = session_options(threads)
+        # Idle threads must not burn the processor between runs: other work goes on there meanwhile.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not as_deployed:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         model.graph.outputs.extend(tapped)

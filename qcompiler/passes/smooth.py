@@ -19,7 +19,7 @@ from qcompiler.core import FoldPlan, Note, StatRequest
 from qcompiler.graph.absorb import FoldError, fold, insert_scale
 from qcompiler.graph.flow import FoldSite, Sink, analyse
 from qcompiler.graph.linear import Linear
-from qcompiler.numerics.site_search import ALPHAS, FLOORS, Choice, search_site
+from qcompiler.numerics.site_search import ALPHAS, Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import by_input, holds, leave_margin, quantized, reader, sample_request
 from qcompiler.scheme import Scheme, TensorSpec
@@ -52,6 +52,8 @@ class Smooth(Pass):
 
     Attributes:
         alpha: the migration strength α for every site, kept whatever it does; None: search it at each.
+        floor: channel maxima count as at least this times their median, because a channel that calibration left silent
+            may fire later; 0 is the paper's own formula.
         fold_gain: a folded scale is kept where it lowers the site's squared error by this factor at least.
         insert_gain: the same for an inserted Mul, which costs time in every run.
         insert: False: only fold.
@@ -61,6 +63,7 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     float_exact: ClassVar[bool] = True
     alpha: float | None = None
+    floor: float = 2.0
     fold_gain: float = 1.02
     insert_gain: float = 1.1
     insert: bool = True
@@ -82,10 +85,11 @@ class Smooth(Pass):
             if choice is None or choice.scale is None:
                 continue
             try:
-                plans.append(_apply(model, chosen, choice, ctx.seed))
+                plan = _apply(model, chosen, choice, ctx.seed)
             except FoldError as error:
                 notes.append(Note(site.name, "not smoothed", str(error)))
             else:
+                plans.append(dataclasses.replace(plan, why=f"{note.what}: {note.why}"))
                 for group, margin in zip(by_input(chosen.linears), choice.margins, strict=True):
                     leave_margin(group, margin)
         return PassResult(bool(plans), tuple(notes), tuple(plans))
@@ -135,7 +139,7 @@ class Smooth(Pass):
             channels=site.channels,
             blocked=site.flow.scale_blocked if site.flow is not None else None,
             alphas=ALPHAS if self.alpha is None else (self.alpha,),
-            floors=FLOORS if self.alpha is None else (0.0,),
+            floors=(self.floor,),
             keep_plain=self.alpha is None,
             reduce_range=ctx.capability.reduce_range,
         )

@@ -14,7 +14,6 @@ from qcompiler.core import FoldPlan, Note
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.run import Feeds
-from qcompiler.passes import PASSES
 from qcompiler.report.data import LinearRow, Report
 from qcompiler.report.errors import LayerError, layer_errors, output_errors
 from qcompiler.scheme import TensorSpec
@@ -156,15 +155,9 @@ def _transform(linear: Linear, notes: Sequence[Note], plans: Sequence[FoldPlan])
     for plan in plans:
         if linear.name in plan.sinks:
             what = " and ".join(word for word, v in (("scale", plan.scale), ("shift", plan.shift)) if v is not None)
-            why = next((f": {n.what}, {n.why}" for n in notes if n.node == plan.source and _of_a_pass(n)), "")
-            parts.append(f"{plan.kind} {what} at {plan.source}{why}")
+            parts.append(f"{plan.kind} {what} at {plan.source}{': ' if plan.why else ''}{plan.why}")
     parts += [f"{n.what}: {n.why}" for n in notes if n.node == linear.name and n.what.startswith("activation ")]
     return "; ".join(parts)
-
-
-def _of_a_pass(note: Note) -> bool:
-    """Whether a transform wrote it ("smooth alpha=0.8"), not the lowering, which has a word on the same node."""
-    return note.what.split(" ")[0] in PASSES
 
 
 def _reason(linear: Linear, notes: Sequence[Note]) -> str:

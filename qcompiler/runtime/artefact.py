@@ -93,7 +93,8 @@ def save_plans(plans: Sequence[FoldPlan], path: Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     described = []
     for number, plan in enumerate(plans):
-        described.append({"kind": plan.kind, "source": plan.source, "sinks": plan.sinks, "proof": repr(plan.proof)})
+        texts = {"kind": plan.kind, "source": plan.source, "sinks": plan.sinks, "why": plan.why}
+        described.append({**texts, "proof": repr(plan.proof)})
         for name, array in (("scale", plan.scale), ("shift", plan.shift)):
             if array is not None:
                 arrays[f"{number}.{name}"] = np.ascontiguousarray(array)
@@ -119,6 +120,7 @@ def load_plans(path: Path) -> tuple[FoldPlan, ...]:
                 scale=arrays.get(f"{number}.scale"),
                 shift=arrays.get(f"{number}.shift"),
                 proof=float(plan["proof"]),
+                why=plan["why"],
             )
             for number, plan in enumerate(described)
         )

@@ -23,6 +23,7 @@ from qcompiler.graph.rules.sequences import infer_shapes, raise_splits
 _FAMILIES = (
     raise_splits,
     raise_linears,
+    simplify,  # Reshapes behind Linears that kept their rank
     raise_norms,
     raise_gelus,
     raise_rotary,

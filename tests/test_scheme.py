@@ -1,0 +1,54 @@
+"""scheme: presets, validation, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from qcompiler.core import OptionError
+from qcompiler.scheme import PRESETS, Scheme, TensorSpec, resolve
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_round_trip_through_json(name: str) -> None:
+    scheme = PRESETS[name]
+    assert Scheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
+
+
+def test_resolve_adds_ignores_and_names_the_nearest() -> None:
+    scheme = resolve("w8a8", ("*lm_head*",))
+    assert scheme.ignored_by("model.lm_head") == "*lm_head*"
+    assert scheme.ignored_by("model.layers.0.q_proj") is None
+    assert resolve(scheme) == scheme
+    with pytest.raises(OptionError, match="did you mean 'w8a8"):
+        resolve("w8a9")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int9"}, "unknown dtype 'int9'"),
+        ({"granularity": "per_row"}, "unknown granularity 'per_row'"),
+        ({"granularity": "per_group"}, "one needs the other"),
+        ({"group_size": 32}, "one needs the other"),
+        ({"granularity": "per_token"}, "set dynamic=True"),
+    ],
+)
+def test_impossible_specs_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        TensorSpec(**options)
+
+
+def test_json_of_another_version_or_with_unknown_fields_is_refused() -> None:
+    data = PRESETS["w8a8"].to_json()
+    with pytest.raises(OptionError, match="reads version"):
+        Scheme.from_json({**data, "version": 99})
+    with pytest.raises(OptionError, match="cannot be read"):
+        Scheme.from_json({**data, "colour": "blue"})
+
+
+def test_schemes_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["w8a8"].head = False  # type: ignore[misc]
