@@ -49,6 +49,8 @@ class FoldSite:
         scale_blocked: bool [channels]: where scale must stay 1.
         shift_blocked: bool [channels]: where shift must stay 0.
         blockers: one note for each (node, reason) that blocked any channel.
+        weights: names of the initializers that a fold writes, the source's first. Sites with equal ``weights`` call
+            the same modules (ALBERT): one scale for all of them keeps the weights shared.
         boundary: what the region between source and sinks reads from outside, by value name: shape, dtype and, where
             they do not depend on data, numbers. ``verify.py`` feeds the region with it.
     """
@@ -61,6 +63,7 @@ class FoldSite:
     scale_blocked: npt.NDArray[np.bool_]
     shift_blocked: npt.NDArray[np.bool_]
     blockers: tuple[Note, ...]
+    weights: tuple[str, ...]
     boundary: Mapping[str, Fact]
 
     @property
@@ -123,6 +126,7 @@ class _Flow:
         self.scale_blocked = np.zeros(source.channels, dtype=bool)
         self.shift_blocked = np.zeros(source.channels, dtype=bool)
         self.notes: dict[Note, None] = {}
+        self.weights = [source.weight[0].inputs[source.weight[1]]]
         self.boundary: dict[str, Fact] = {}
         self.queue: list[tuple[int, ir.Node]] = []
         self.queued: set[ir.Node] = set()
@@ -150,6 +154,7 @@ class _Flow:
             self.scale_blocked,
             self.shift_blocked,
             tuple(self.notes),
+            tuple(value.name or "" for value in self.weights if value is not None),
             self.boundary,
         )
 
@@ -214,6 +219,7 @@ class _Flow:
         if _rank(weight) > 2:
             self._block_shift(columns, node, "its weight has more than two axes")
         self.sinks.append(Sink(node.name or "", columns))
+        self.weights.append(weight)
 
     def _remember_outside(self, node: ir.Node) -> None:
         for i, value in enumerate(node.inputs):

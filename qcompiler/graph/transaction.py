@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import ModelError, QCompilerError
-from qcompiler.graph.edit import add_initializer, insert_node, unique_name, write_input
+from qcompiler.graph.edit import add_initializer, array_of, insert_node, unique_name, write_input
 from qcompiler.graph.verify import relative_error
 
 Write = Callable[[], Any]
@@ -80,14 +81,27 @@ class Transaction:
 
         def write() -> None:
             self.set_input(node, index, value)
-            if key and (value, key) in self.copies:
-                node.replace_input_with(index, self.copies[value, key])
-            else:
+            shared = self.copies.get((value, key)) if key else None
+            new = shared or self.equal_copy(value, cast)
+            if new is None:
                 new = write_input(node, index, cast)
                 new.metadata_props.update(value.metadata_props)
-                self.copies[value, key] = new
+            else:
+                node.replace_input_with(index, new)
+            self.copies[value, key] = new
 
         return write
+
+    def equal_copy(self, old: ir.Value, array: npt.NDArray[Any]) -> ir.Value | None:
+        """An earlier copy of ``old`` with these numbers: layers that share weights, folded alike, go on sharing."""
+        for number in itertools.count(2):
+            copy = self.graph.initializers.get(f"{old.name}_{number}")
+            if copy is None:
+                return None
+            found = array_of(copy)
+            if found is not None and found.dtype == array.dtype and np.array_equal(found, array):
+                return copy
+        return None
 
     def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
         old = node.inputs[index]

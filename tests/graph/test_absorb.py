@@ -212,3 +212,21 @@ def test_shared_norm_weights_and_parameter_notes_survive() -> None:
     assert np.allclose(second.inputs[1].const_value.numpy(), old["g"] / 2)
     assert second.inputs[1].metadata_props["qcompiler.parameter"] == "p.g"
     assert fold_everything(model) == 2
+
+
+def test_layers_that_share_weights_and_are_folded_alike_go_on_sharing() -> None:
+    """ALBERT calls one layer again and again: with one scale for all calls nothing is stored twice."""
+    text = "g (float[B,S,8] x) => (float[B,S,8] y) { "
+    for i in range(3):
+        text += f"v{i} = MatMul({'x' if i == 0 else f'o{i - 1}'}, wv) r{i} = Relu(v{i}) o{i} = MatMul(r{i}, wo) "
+    model = tiny(text + "y = Identity(o2) }", {"wv": [8, 12], "wo": [12, 8]})
+    feeds = feeds_for(model)
+    before = outputs(model, feeds)
+    sites = [site for site in analyse(model) if site.value.name.startswith("v")]
+    assert {site.weights for site in sites} == {("wv", "wo")}
+    for site in sites[:2]:
+        fold(model, site, np.linspace(0.5, 2, 12))
+    assert sorted(model.graph.initializers) == ["wo", "wo_2", "wv", "wv_2"]
+    fold(model, sites[2], np.linspace(0.5, 2, 12))
+    assert sorted(model.graph.initializers) == ["wo", "wv"]
+    assert relative_error(before, outputs(model, feeds)) < 1e-5
