@@ -1,0 +1,163 @@
+"""``.onnx`` files as other exporters leave them: legacy and default dynamo exports of torch, onnxruntime.transformers.
+
+``FILES[name]`` says how a file is made; ``foreign(name)`` builds it at the first call on this machine and keeps it
+beside the exports of ``tests.families``, whose tiny models and inputs these are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from tests import families
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """How a file comes to be.
+
+    Attributes:
+        family: the tiny model of tests.families.
+        opset: what the exporter is asked for.
+        exporter: "legacy" (TorchScript), "dynamo" (with its default optimizer) or "raw" (dynamo without).
+        optimizer: what happens to the export then: model type and options of onnxruntime.transformers; or None.
+        attention: attention implementation of transformers.
+    """
+
+    family: str
+    opset: int
+    exporter: str = "legacy"
+    optimizer: tuple[str, dict[str, Any]] | None = None
+    attention: str = "eager"
+
+
+_PYTHON_FUSIONS: dict[str, Any] = {"opt_level": 0}
+_ALL_FUSIONS: dict[str, Any] = {"opt_level": 99, "only_onnxruntime": True}
+
+FILES: dict[str, Foreign] = {
+    "bert-legacy-11": Foreign("bert", 11),
+    "bert-legacy-13": Foreign("bert", 13),
+    "distilbert-legacy-17": Foreign("distilbert", 17, attention="sdpa"),
+    "gpt2-legacy-13": Foreign("gpt2", 13),
+    "opt-legacy-17": Foreign("opt", 17),
+    "vit-legacy-11": Foreign("vit", 11),
+    "llama-legacy-17": Foreign("llama", 17),
+    "t5-legacy-13": Foreign("t5_encoder", 13),
+    "bert-dynamo-18": Foreign("bert", 18, "dynamo", attention="sdpa"),
+    "gpt2-dynamo-20": Foreign("gpt2", 20, "dynamo", attention="sdpa"),
+    "llama-dynamo-20": Foreign("llama", 20, "dynamo", attention="sdpa"),
+    "llama-raw-23": Foreign("llama", 23, "raw", attention="sdpa"),
+    "bert-raw-22": Foreign("bert", 22, "raw", attention="sdpa"),
+    "bert-fused-python": Foreign("bert", 13, optimizer=("bert", _PYTHON_FUSIONS)),
+    "bert-fused-ort": Foreign("bert", 17, optimizer=("bert", _ALL_FUSIONS)),
+    "gpt2-fused-ort": Foreign("gpt2", 17, optimizer=("gpt2", _ALL_FUSIONS)),
+    "vit-fused-python": Foreign("vit", 17, optimizer=("vit", _PYTHON_FUSIONS)),
+    "distilbert-fused-python": Foreign("distilbert", 13, optimizer=("bert", _PYTHON_FUSIONS)),
+    "llama-fused-ort": Foreign("llama", 17, optimizer=("bert", _ALL_FUSIONS)),
+}
+
+
+def feeds(name: str, batch: int = 2, seq: int = 16, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
+    """Inputs of a file, with the dtypes it asks for (the fusions of onnxruntime.transformers leave int64 as it is)."""
+    return families.feeds(FILES[name].family, batch, seq, seed)
+
+
+def foreign(name: str) -> Path:
+    """The file, built at the first call on this machine. Do not write to it."""
+    pytest.importorskip("torch")
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    path = families.cache_folder() / f"foreign-{recipe}" / f"{name}.onnx"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=path.parent))
+        try:
+            with families.quiet():
+                _build(FILES[name], work / "model.onnx")
+            (work / "model.onnx").replace(path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def _build(recipe: Foreign, path: Path) -> None:
+    import torch
+
+    module: Any = families.FAMILIES[recipe.family]()
+    if hasattr(module.model, "set_attn_implementation"):
+        module.model.set_attn_implementation(recipe.attention)
+    examples = tuple(torch.from_numpy(array) for array in families.feeds(recipe.family, batch=2, seq=12).values())
+    with torch.no_grad():
+        _EXPORTERS[recipe.exporter](recipe, module, examples, path)
+    if recipe.optimizer is not None:
+        _fuse(recipe, path)
+
+
+def _legacy(recipe: Foreign, module: Any, examples: tuple[Any, ...], path: Path) -> None:
+    import torch
+
+    names = list(families.INPUTS[recipe.family])
+    output = families.OUTPUT[recipe.family]
+    axes = {0: "batch", 1: "sequence"} if "input_ids" in names else {0: "batch"}
+    torch.onnx.export(
+        module,
+        examples,
+        str(path),
+        dynamo=False,
+        opset_version=recipe.opset,
+        input_names=names,
+        output_names=[output],
+        dynamic_axes=dict.fromkeys([*names, output], axes),
+    )
+
+
+def _dynamo(recipe: Foreign, module: Any, examples: tuple[Any, ...], path: Path) -> None:
+    import torch
+
+    dynamic = torch.export.Dim.DYNAMIC
+    names = families.INPUTS[recipe.family]
+    axes = {0: dynamic, 1: dynamic} if "input_ids" in names else {0: dynamic}
+    program = torch.onnx.export(
+        module,
+        examples,
+        dynamo=True,
+        optimize=recipe.exporter == "dynamo",
+        opset_version=recipe.opset,
+        verbose=False,
+        input_names=list(names),
+        output_names=[families.OUTPUT[recipe.family]],
+        dynamic_shapes=tuple(dict(axes) for _ in examples),
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+
+
+_EXPORTERS: dict[str, Callable[[Foreign, Any, tuple[Any, ...], Path], None]] = {
+    "legacy": _legacy,
+    "dynamo": _dynamo,
+    "raw": _dynamo,
+}
+
+
+def _fuse(recipe: Foreign, path: Path) -> None:
+    from onnxruntime.transformers import optimizer
+
+    assert recipe.optimizer is not None
+    model_type, options = recipe.optimizer
+    fused = optimizer.optimize_model(
+        str(path), model_type=model_type, num_heads=families.HEADS, hidden_size=families.HIDDEN, **options
+    )
+    fused.save_model_to_file(str(path))
+
+
+def relative_error(reference: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    """max|a - b| / max|a|."""
+    return float(np.abs(reference - other).max() / np.abs(reference).max())
