@@ -101,7 +101,7 @@ def ensure_function(model: ir.Model, name: str) -> None:
     key = (DOMAIN, name, "")
     if key not in model.functions:
         text = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{name} {_BODIES[name]}'
-        model.functions[key] = ir.from_proto(onnx.parser.parse_function(text))
+        model.functions[key] = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     model.graph.opset_imports.setdefault(DOMAIN, 1)
 
 

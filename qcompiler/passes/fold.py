@@ -27,18 +27,20 @@ class Fold(Pass):
     bias: str = "float"
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
-        changed = False
+        folded: dict[ir.Node, ir.Value] = {}
         for linear in linears(model):
-            if is_call(linear.weight_quant, "FakeQuant"):
-                _fold_weight(model.graph, linear)
-                if self.bias == "int32":
-                    _fold_bias(model.graph, linear)
-                changed = True
+            if linear.weight_quant is None or not is_call(linear.weight_quant, "FakeQuant"):
+                continue
+            if linear.weight_quant not in folded:
+                folded[linear.weight_quant] = _integer_weight(model.graph, linear)
+            linear.matmul.replace_input_with(1, folded[linear.weight_quant])
+            if self.bias == "int32":
+                _fold_bias(model.graph, linear)
         remove_dead(model)
-        return PassResult(changed)
+        return PassResult(bool(folded))
 
 
-def _fold_weight(graph: ir.Graph, linear: Linear) -> None:
+def _integer_weight(graph: ir.Graph, linear: Linear) -> ir.Value:
     assert linear.weight_quant is not None
     weight, scale, zero_point = (array_of(value) for value in linear.weight_quant.inputs)
     assert weight is not None
@@ -57,7 +59,7 @@ def _fold_weight(graph: ir.Graph, linear: Linear) -> None:
         name=f"{name}_dequantized",
         like=old,
     )
-    linear.matmul.replace_input_with(1, dequantize.outputs[0])
+    return dequantize.outputs[0]
 
 
 def _fold_bias(graph: ir.Graph, linear: Linear) -> None:

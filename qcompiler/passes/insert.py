@@ -33,15 +33,19 @@ class Insert(Pass):
         return [_request(linear, spec) for linear, _, spec in _quantized(model) if spec and not spec.dynamic]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
-        shared: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
+        weights: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
+        activations: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
         changed = False
         for linear, weight_spec, activation_spec in list(_quantized(model)):
-            _insert_on_weight(model, linear, weight_spec, ctx.capability.reduce_range)
+            key = (linear.weight, weight_spec)
+            if key not in weights:
+                weights[key] = _insert_on_weight(model, linear, weight_spec, ctx.capability.reduce_range)
+            linear.matmul.replace_input_with(1, weights[key])
             if activation_spec is not None:
                 key = (linear.x, activation_spec)
-                if key not in shared:
-                    shared[key] = _insert_on_activation(model, linear, activation_spec, stats)
-                linear.matmul.replace_input_with(0, shared[key])
+                if key not in activations:
+                    activations[key] = _insert_on_activation(model, linear, activation_spec, stats)
+                linear.matmul.replace_input_with(0, activations[key])
             changed = True
         return PassResult(changed)
 
@@ -57,11 +61,11 @@ def _request(linear: Linear, spec: TensorSpec) -> StatRequest:
     return StatRequest(linear.x.name or "", spec.observer)
 
 
-def _insert_on_weight(model: ir.Model, linear: Linear, spec: TensorSpec, reduce_range: bool) -> None:
+def _insert_on_weight(model: ir.Model, linear: Linear, spec: TensorSpec, reduce_range: bool) -> ir.Value:
     array = array_of(linear.weight)
     assert array is not None
     _, scale = quantize_weight(array, spec, reduce_range)
-    _fake_quant(model, linear.matmul, 1, linear.weight, scale, np.zeros(scale.shape, np.int8))
+    return _fake_quant(model, linear.matmul, linear.weight, scale, np.zeros(scale.shape, np.int8))
 
 
 def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, stats: Stats) -> ir.Value:
@@ -73,7 +77,6 @@ def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, sta
     return _fake_quant(
         model,
         _first_reader(linear),
-        None,
         linear.x,
         np.asarray(scale, np.float32),
         np.asarray(zero_point, np.dtype(spec.dtype)),
@@ -91,7 +94,6 @@ def _first_reader(linear: Linear) -> ir.Node:
 def _fake_quant(
     model: ir.Model,
     before: ir.Node,
-    index: int | None,
     value: ir.Value,
     scale: np.ndarray,
     zero_point: np.ndarray,
@@ -102,10 +104,7 @@ def _fake_quant(
         add_initializer(graph, f"{value.name}_scale", scale),
         add_initializer(graph, f"{value.name}_zero_point", zero_point),
     ]
-    output = _call(model, before, "FakeQuant", inputs, f"{value.name}_fake_quant", axis=1)
-    if index is not None:
-        before.replace_input_with(index, output)
-    return output
+    return _call(model, before, "FakeQuant", inputs, f"{value.name}_fake_quant", axis=1)
 
 
 def _call(

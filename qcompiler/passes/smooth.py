@@ -8,7 +8,7 @@ absorb 1/s, it is folded there and costs nothing; elsewhere a Mul is inserted, i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -79,30 +79,36 @@ class Smooth(Pass):
         plans: list[FoldPlan] = []
         if ctx.scheme.activation is None:
             return PassResult(False)
-        for site in _sites(model, ctx.scheme):
-            chosen, choice, note = self._choose(site, stats, ctx)
-            notes.append(note)
+        for sites in _sharing_weights(_sites(model, ctx.scheme)):
+            chosen, choice, note = self._choose(sites, stats, ctx)
+            notes += [dataclasses.replace(note, node=site.name) for site in chosen]
             if choice is None or choice.scale is None:
                 continue
-            try:
-                plan = _apply(model, chosen, choice, ctx.seed)
-            except FoldError as error:
-                notes.append(Note(site.name, "not smoothed", str(error)))
-            else:
+            margins = iter(choice.margins)
+            for site in chosen:
+                groups = [(group, next(margins)) for group in by_input(site.linears)]
+                try:
+                    plan = _apply(model, site, choice, ctx.seed)
+                except FoldError as error:
+                    notes.append(Note(site.name, "not smoothed", str(error)))
+                    continue
                 plans.append(dataclasses.replace(plan, why=f"{note.what}: {note.why}"))
-                for group, margin in zip(by_input(chosen.linears), choice.margins, strict=True):
+                for group, margin in groups:
                     leave_margin(group, margin)
         return PassResult(bool(plans), tuple(notes), tuple(plans))
 
-    def _choose(self, site: Site, stats: Stats, ctx: Context) -> tuple[Site, Choice | None, Note]:
+    def _choose(self, sites: Sequence[Site], stats: Stats, ctx: Context) -> tuple[Sequence[Site], Choice | None, Note]:
         """The scale with the least held-out error, folded or inserted, or None where none pays."""
-        options = []
-        if site.flow is not None:
-            options.append((self.fold_gain, site))
-        if self.insert and (site.flow is None or _shares_channels(site)):
-            options += [(self.insert_gain, inserted) for inserted in _as_insertions(site)]
+        first = sites[0]
+        options: list[tuple[float, Sequence[Site]]] = []
+        if first.flow is not None:
+            options.append((self.fold_gain, sites))
+        if self.insert and first.flow is None:
+            options.append((self.insert_gain, sites))
+        elif self.insert and len(sites) == 1 and _shares_channels(first):
+            options += [(self.insert_gain, [inserted]) for inserted in _as_insertions(first)]
         told = ""
-        best: tuple[float, Site, Choice] | None = None
+        best: tuple[float, Sequence[Site], Choice, Note] | None = None
         for needed, option in options:
             spec, choice = self._search(option, stats, ctx)
             gain = choice.plain / choice.error if choice.error > 0 else 1.0
@@ -110,34 +116,34 @@ class Smooth(Pass):
             if choice.scale is not None and (self.alpha is not None or gain >= needed):
                 worth = gain / needed
                 if best is None or worth > best[0]:
-                    best = (worth, option, choice)
-                    what = f"smooth alpha={choice.candidate.alpha:g}"
-                    note = Note(option.name, what, told)
+                    best = (worth, option, choice, Note("", f"smooth alpha={choice.candidate.alpha:g}", told))
         if best is None:
-            return site, None, Note(site.name, "not smoothed", f"no gain worth it: {told}" if told else "insert=false")
-        return best[1], best[2], note
+            return sites, None, Note("", "not smoothed", f"no gain worth it: {told}" if told else "insert=false")
+        return best[1:]
 
-    def _search(self, site: Site, stats: Stats, ctx: Context) -> tuple[TensorSpec, Choice]:
-        """The best scale for the spec that the site will have: the static one where it holds, else the fallback."""
+    def _search(self, sites: Sequence[Site], stats: Stats, ctx: Context) -> tuple[TensorSpec, Choice]:
+        """The best scale for the spec that the sites will have: the static one where it holds, else the fallback."""
         scheme = ctx.scheme
         assert scheme.activation is not None
-        choice = self._search_for(scheme.activation, site, stats, ctx)
+        choice = self._search_for(scheme.activation, sites, stats, ctx)
         if scheme.fallback is None or holds(choice.error, None):
             return scheme.activation, choice
-        other = self._search_for(scheme.fallback, site, stats, ctx)
+        other = self._search_for(scheme.fallback, sites, stats, ctx)
         return (scheme.activation, choice) if holds(choice.error, other.error) else (scheme.fallback, other)
 
-    def _search_for(self, spec: TensorSpec, site: Site, stats: Stats, ctx: Context) -> Choice:
-        columns = {linear.x: columns for linear, columns in site.sinks}
+    def _search_for(self, spec: TensorSpec, sites: Sequence[Site], stats: Stats, ctx: Context) -> Choice:
+        columns = {linear.x: columns for site in sites for linear, columns in site.sinks}
+        flows = [site.flow for site in sites if site.flow is not None]
         return search_site(
             [
                 reader(group, stats[sample_request(group[0], self.rows)], columns[group[0].x], ctx.seed)
+                for site in sites
                 for group in by_input(site.linears)
             ],
             spec,
             ctx.scheme.weight,
-            channels=site.channels,
-            blocked=site.flow.scale_blocked if site.flow is not None else None,
+            channels=sites[0].channels,
+            blocked=np.any([flow.scale_blocked for flow in flows], axis=0) if flows else None,
             alphas=ALPHAS if self.alpha is None else (self.alpha,),
             floors=(self.floor,),
             keep_plain=self.alpha is None,
@@ -174,6 +180,15 @@ def _sites(model: ir.Model, scheme: Scheme) -> Iterator[Site]:
             yield Site(flow.source.name or "", flow.channels, tuple(sinks), flow)
     for group in by_input(list(free.values())):
         yield _insertion(group)
+
+
+def _sharing_weights(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites that write the same weights, in layers that are one layer called again: one scale keeps them shared."""
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        weights = frozenset(linear.weight for linear in site.linears)
+        groups.setdefault((weights, site.channels, site.flow is None), []).append(site)
+    return list(groups.values())
 
 
 def _usable(sink: Sink, flow: FoldSite, free: dict[str, Linear]) -> bool:
