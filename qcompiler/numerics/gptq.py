@@ -1,0 +1,267 @@
+"""GPTQ: round a Linear's weight input by input, and let the weights not yet rounded make up for the error.
+
+Frantar et al. 2023, algorithm 1. Weights are [in, out] here: what the paper calls a column, one input's weights, is a
+row. With H the Hessian of the output error, H^-1 = UᵀU and U upper triangular, input k is rounded, and every later
+input j takes -U_kj / U_kk times its rounding error: exactly Optimal Brain Surgeon's elimination, without its updates of
+the inverse. The updates of inputs beyond the current block are kept back and done in one product (lazy batches).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.core import DataError, OptionError
+
+Array = npt.NDArray[Any]
+FindScale = Callable[[Array], tuple[Array, Array]]
+
+_LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """The integers a weight [in, out] is rounded to: w ≈ (q - zero_point) · scale with low <= q <= high.
+
+    Attributes:
+        low, high: smallest and largest integer.
+        group_size: inputs of one output channel that share a scale; None: all of them. The last group may be short.
+        scale: [out], a scalar, or with groups [ceil(in / group_size), out]; None: found by ``find``, group by group,
+            from the weights as the groups before have left them (with ``act_order``: from the weight as given, because
+            a group's inputs are then rounded at different times).
+        zero_point: of the shape of ``scale``; None: zeros.
+        find: scale and zero point [out] of the weights [n, out] of one group; None: max|w| / high, symmetric.
+    """
+
+    low: int
+    high: int
+    group_size: int | None = None
+    scale: Array | None = None
+    zero_point: Array | None = None
+    find: FindScale | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rounded:
+    """What GPTQ made of a weight.
+
+    Attributes:
+        q: int32 [in, out].
+        scale: float32, and zero_point: float32; [out] or [groups, out].
+        damp: the damping that the Cholesky factorisation needed, relative to the Hessian's mean diagonal.
+        dead: number of inputs that were zero in all data; they are rounded to nearest.
+        nearest: number of output channels that are rounded to nearest, because GPTQ's greedy order did worse on them.
+        error, nearest_error: float64 [out], (W - Ŵ)ᵀ H (W - Ŵ) of this rounding and of rounding to nearest.
+    """
+
+    q: npt.NDArray[np.int32]
+    scale: Array
+    zero_point: Array
+    damp: float
+    dead: int
+    nearest: int
+    error: npt.NDArray[np.float64]
+    nearest_error: npt.NDArray[np.float64]
+
+
+def gptq(
+    weight: Array,
+    hessian: Array,
+    grid: Grid,
+    *,
+    target: Array | None = None,
+    act_order: bool = True,
+    damp: float = 0.01,
+    block_size: int = 64,
+    dtype: type[np.floating[Any]] = np.float32,
+    keep_nearest: bool = True,
+) -> Rounded:
+    """Round a weight so that its output error on the Hessian's data is small.
+
+    Args:
+        weight: float [in, out].
+        hessian: [in, in], XᵀX of the Linear's input, at any scale.
+        grid: the integers; see :class:`Grid`.
+        target: float [in, out], what to approximate instead of ``weight``, which then says only what to round to
+            nearest for comparison (:func:`corrected_target`). Default: ``weight``.
+        act_order: round inputs of large diagonal first, while most others can still make up for them.
+        damp: added to the diagonal, times its mean; raised tenfold until the factorisation succeeds.
+        block_size: inputs of a lazy batch.
+        dtype: of the elimination; the factorisation is float64 always.
+        keep_nearest: output channels that rounding to nearest leaves with less error keep it.
+
+    Raises:
+        OptionError: shapes that do not fit.
+        DataError: the weight or the Hessian is not finite, or no damping makes it positive definite.
+    """
+    weight = np.asarray(weight, np.float64)
+    goal = weight if target is None else np.asarray(target, np.float64)
+    hessian = np.asarray(hessian, np.float64)
+    rows = len(weight)
+    if hessian.shape != (rows, rows) or goal.shape != weight.shape or block_size < 1:
+        raise OptionError(f"gptq cannot use a weight {weight.shape} with a Hessian {hessian.shape}.")
+    if not (np.isfinite(goal).all() and np.isfinite(hessian).all()):
+        raise DataError("the weight or its Hessian holds NaN or inf.")
+    dead = np.diag(hessian) <= 0
+    order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(rows)
+    upper, used = inverse_root(hessian[np.ix_(order, order)], damp)
+    scales = _Scales(grid, goal, static=act_order)
+    integers = np.empty(weight.shape, np.int32)
+    integers[order] = _eliminate(goal[order].astype(dtype), upper.astype(dtype), scales, order, block_size)
+    scale, zero_point = scales.result()
+    nearest = _nearest(goal if scales.searched else weight, grid, scale, zero_point)
+    error, nearest_error = (
+        hessian_error(goal, _dequantized(q, grid, scale, zero_point), hessian) for q in (integers, nearest)
+    )
+    worse = (error > nearest_error) & keep_nearest
+    integers[:, worse] = nearest[:, worse]
+    return Rounded(
+        integers,
+        scale,
+        zero_point,
+        used,
+        int(dead.sum()),
+        int(worse.sum()),
+        np.where(worse, nearest_error, error),
+        nearest_error,
+    )
+
+
+def hessian_error(weight: Array, approximation: Array, hessian: Array) -> npt.NDArray[np.float64]:
+    """(w - ŵ)ᵀ H (w - ŵ) of each output channel; arrays [in, out], float64 [out]."""
+    difference = np.asarray(weight, np.float64) - approximation
+    return np.einsum("kn,kn->n", difference, hessian @ difference)
+
+
+def inverse_root(hessian: Array, damp: float) -> tuple[npt.NDArray[np.float64], float]:
+    """U, upper triangular, with UᵀU = (H + d · mean(diag H) · I)^-1, and the d that it took: ``damp`` at least.
+
+    Inputs that never fired (a diagonal of 0) count as being of mean size and on their own.
+
+    Raises:
+        DataError: no damping up to ten times the mean diagonal makes the matrix positive definite.
+    """
+    diagonal = np.diag(hessian)
+    mean = float(diagonal[diagonal > 0].mean()) if (diagonal > 0).any() else 1.0
+    for used in (damp, *(step for step in _LADDER if step > damp)):
+        damped = np.array(hessian, np.float64)
+        damped[np.diag_indices_from(damped)] = np.where(diagonal > 0, diagonal, mean) + used * mean
+        try:
+            # H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards, and U = R^-1.
+            root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            upper = np.triu(np.linalg.inv(root))
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(upper).all():
+            return upper, used
+    raise DataError(f"the Hessian is not positive definite, whatever the damping (tried up to {_LADDER[-1]:g}).")
+
+
+def corrected_target(weight: Array, hessian: Array, cross: Array, damp: float = 0.01) -> npt.NDArray[np.float64]:
+    """The weight that makes of the quantized input x̂ what ``weight`` makes of the float input x, in least squares.
+
+    argmin ‖X W - X̂ W*‖² + λ ‖W - W*‖² = W + (X̂ᵀX̂ + λI)^-1 X̂ᵀ(X - X̂) W: the mismatch term of GPTAQ (Li et al. 2025)
+    and Qronos (Zhang et al. 2025), solved once and before any rounding.
+
+    Args:
+        weight: [in, out].
+        hessian: X̂ᵀX̂, [in, in].
+        cross: X̂ᵀX, [in, in], at the scale of ``hessian``.
+        damp: λ, relative to the mean diagonal of ``hessian``.
+    """
+    upper, _ = inverse_root(np.asarray(hessian, np.float64), damp)
+    weight = np.asarray(weight, np.float64)
+    return np.asarray(weight + upper.T @ (upper @ ((cross - hessian) @ weight)))
+
+
+def _eliminate(goal: Array, upper: Array, scales: _Scales, order: Array, block_size: int) -> npt.NDArray[np.int32]:
+    """The integers of ``goal`` (overwritten), whose rows are in elimination order; the same order comes back."""
+    low, high = goal.dtype.type(scales.grid.low), goal.dtype.type(scales.grid.high)
+    integers = np.empty(goal.shape, np.int32)
+    for start, stop in _blocks(len(goal), block_size, scales):
+        errors = np.empty((stop - start, goal.shape[1]), goal.dtype)
+        scales.enter(start, goal)
+        for k in range(start, stop):
+            scale, zero_point = scales.of(int(order[k]), goal.dtype)
+            q = np.clip(np.rint(goal[k] / scale) + zero_point, low, high)
+            integers[k] = q
+            error = errors[k - start]
+            np.divide(goal[k] - (q - zero_point) * scale, upper[k, k], out=error)
+            goal[k + 1 : stop] -= upper[k, k + 1 : stop, None] * error
+        goal[stop:] -= upper[start:stop, stop:].T @ errors
+    return integers
+
+
+def _blocks(rows: int, block_size: int, scales: _Scales) -> list[tuple[int, int]]:
+    """Lazy batches. Where a group's scale is found on the way it starts a batch, so that no update is pending then."""
+    group = scales.grid.group_size
+    starts = set(range(0, rows, block_size))
+    if scales.searched and not scales.static and group is not None:
+        starts = {g + i for g in range(0, rows, group) for i in range(0, min(group, rows - g), block_size)}
+    edges = [*sorted(starts), rows]
+    return list(itertools.pairwise(edges))
+
+
+class _Scales:
+    """Scale and zero point of each input: given, found beforehand, or found when a group is entered."""
+
+    def __init__(self, grid: Grid, weight: Array, static: bool) -> None:
+        self.grid = grid
+        self.static = static
+        self.searched = grid.scale is None
+        self._size = grid.group_size or len(weight)
+        groups = -(-len(weight) // self._size)
+        self._scale = np.ones((groups, weight.shape[1]), np.float32)
+        self._zero_point = np.zeros((groups, weight.shape[1]), np.float32)
+        if grid.scale is not None:
+            shape = np.shape(grid.scale)
+            if shape not in ((), weight.shape[1:], self._scale.shape):
+                raise OptionError(f"a weight {weight.shape} in groups of {self._size} cannot have scales {shape}.")
+            self._scale[:] = grid.scale
+            self._zero_point[:] = 0 if grid.zero_point is None else grid.zero_point
+        elif static or grid.group_size is None:
+            for group in range(groups):
+                self._find(group, weight)
+
+    def enter(self, row: int, weight: Array) -> None:
+        """Find the scale of the group that starts here, if it is one to be found on the way."""
+        if self.searched and not self.static and self.grid.group_size is not None and row % self._size == 0:
+            self._find(row // self._size, weight)
+
+    def of(self, row: int, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+        """Scale and zero point [out] of one input, by its place in the weight."""
+        group = row // self._size
+        return self._scale[group].astype(dtype), self._zero_point[group].astype(dtype)
+
+    def result(self) -> tuple[Array, Array]:
+        if self.grid.group_size is None:
+            return self._scale[0], self._zero_point[0]
+        return self._scale, self._zero_point
+
+    def _find(self, group: int, weight: Array) -> None:
+        part = weight[group * self._size : (group + 1) * self._size]
+        find = self.grid.find or self._symmetric
+        self._scale[group], self._zero_point[group] = find(part)
+
+    def _symmetric(self, part: Array) -> tuple[Array, Array]:
+        reach = np.abs(part).max(0) / self.grid.high
+        return np.where(reach > 0, np.maximum(reach, np.finfo(np.float32).tiny), 1.0), np.zeros(part.shape[1])
+
+
+def _spread(per_group: Array, grid: Grid, rows: int) -> Array:
+    return per_group if grid.group_size is None else np.repeat(per_group, grid.group_size, axis=0)[:rows]
+
+
+def _nearest(weight: Array, grid: Grid, scale: Array, zero_point: Array) -> npt.NDArray[np.int32]:
+    s, z = (_spread(a.astype(np.float64), grid, len(weight)) for a in (scale, zero_point))
+    return np.clip(np.rint(weight / s) + z, grid.low, grid.high).astype(np.int32)
+
+
+def _dequantized(q: Array, grid: Grid, scale: Array, zero_point: Array) -> Array:
+    s, z = (_spread(a.astype(np.float64), grid, len(q)) for a in (scale, zero_point))
+    return np.asarray((q - z) * s)
