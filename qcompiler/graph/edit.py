@@ -101,8 +101,15 @@ def insert_node(
 
 
 def replace_value(old: ir.Value, new: ir.Value) -> None:
-    """Let every use of ``old``, graph outputs included, read ``new``; a graph output keeps its name."""
+    """Let every use of ``old``, graph outputs included, read ``new``; a graph output keeps its name.
+
+    ``new`` is computed by a node, and is no graph output yet.
+    """
+    graph, name, was_output = old.graph, old.name, old.is_graph_output()
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if was_output and graph is not None and name is not None:
+        old.name = unique_name(graph, f"{name}.replaced")  # old may stand in the graph a while longer
+        new.name = name
 
 
 def remove_dead(model: ir.Model) -> bool:
