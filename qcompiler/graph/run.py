@@ -56,10 +56,18 @@ class Runner:
         as_deployed: run as a plain session would. Otherwise ONNX Runtime may not fuse quantize and dequantize nodes:
             it turns ``DequantizeLinear -> MatMul`` into a MatMulNBits that quantizes the activation once more, and a
             stage of the pipeline would no longer compute what it says.
+        in_order: run the nodes in the order in which they stand; ONNX Runtime's default goes depth first from the
+            outputs, and holds for long what could be let go.
     """
 
     def __init__(
-        self, model: ir.Model, taps: Sequence[str] = (), threads: int = 0, *, as_deployed: bool = False
+        self,
+        model: ir.Model,
+        taps: Sequence[str] = (),
+        threads: int = 0,
+        *,
+        as_deployed: bool = False,
+        in_order: bool = False,
     ) -> None:
         self.outputs = [output.name or "" for output in model.graph.outputs]
         extra = [name for name in dict.fromkeys(taps) if name not in self.outputs]
@@ -69,6 +77,8 @@ class Runner:
         options = session_options(threads)
         # Idle threads must not burn the processor between runs: other work goes on there meanwhile.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if in_order:
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         if not as_deployed:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         model.graph.outputs.extend(tapped)

@@ -19,8 +19,10 @@ from qcompiler.graph.run import Feeds, Runner
 from qcompiler.numerics.metrics import SqnrMeter
 
 MASK = "attention_mask"
-SLICE = 1024
+SLICE = 512
 """Rows (tokens) of one run: bounds the memory that both graphs take at once."""
+TOKENS = 2048
+"""Rows (tokens) in all: long samples need not be as many as short ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def layer_errors(
     merged, taps = _side_by_side(float_model, quantized)
     if not taps:
         return {}, 0
-    runner = Runner(merged, threads=threads)
+    runner = Runner(merged, threads=threads, in_order=True)
     meters = {key: SqnrMeter() for key in taps}
     seen = 0
     for feeds in sliced(batches, samples):
@@ -97,11 +99,14 @@ def sample_count(feeds: Feeds) -> int:
     return next((array.shape[0] for array in map(np.asarray, feeds.values()) if array.ndim), 1)
 
 
-def sliced(batches: Iterable[Feeds], samples: int, rows: int = SLICE) -> Iterator[Feeds]:
-    """The first ``samples`` samples, cut along the batch axis into feeds of about ``rows`` rows (tokens) each."""
+def sliced(batches: Iterable[Feeds], samples: int, rows: int = SLICE, total: int = TOKENS) -> Iterator[Feeds]:
+    """The first ``samples`` samples, cut along the batch axis into feeds of about ``rows`` rows (tokens) each.
+
+    They end early once ``total`` rows, padding included, have been yielded.
+    """
     left = samples
     for feeds in batches:
-        if left <= 0:
+        if left <= 0 or total <= 0:
             return
         count = sample_count(feeds)
         if any(np.ndim(array) == 0 or np.shape(array)[0] != count for array in feeds.values()):
@@ -111,7 +116,10 @@ def sliced(batches: Iterable[Feeds], samples: int, rows: int = SLICE) -> Iterato
         tokens = max(int(np.prod(np.shape(array)[1:2])) for array in feeds.values())
         step = max(1, rows // max(tokens, 1))
         for start in range(0, min(count, left), step):
+            if total <= 0:
+                return
             stop = min(start + step, count, left)
+            total -= (stop - start) * tokens
             yield {name: np.asarray(array)[start:stop] for name, array in feeds.items()}
         left -= count
 
@@ -145,7 +153,42 @@ def _side_by_side(
             noise = _squares(graph, linear.matmul.outputs[0], same, f"alone:{number}")
             graph.outputs.append(noise)
             taps[copy.name, "alone"] = (signal.name or "", noise.name or "")
+    _interleave(graph)
     return merged, taps
+
+
+def _interleave(graph: ir.Graph) -> None:
+    """Order the nodes by the first output that needs them, so that each pair of values is compared and let go at once.
+
+    What no output needs is dropped.
+    """
+    order: dict[ir.Node, None] = {}
+    for output in graph.outputs:
+        stack = [output.producer()]
+        while stack:
+            node = stack[-1]
+            missing = [] if node is None else [p for p in _producers(node) if p.graph is graph and p not in order]
+            if missing:
+                stack.append(missing[0])
+                continue
+            stack.pop()
+            if node is not None:
+                order[node] = None
+    for node in list(graph):
+        graph.remove(node)
+    graph.extend(order)
+
+
+def _producers(node: ir.Node) -> list[ir.Node]:
+    """The nodes that this one reads, through its subgraphs too."""
+    inner = [
+        read
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+        for child in attribute.as_graph().all_nodes()
+        for read in child.inputs
+    ]
+    return [made for value in (*node.inputs, *inner) if value is not None and (made := value.producer()) is not None]
 
 
 _PREFIX = "quantized:"

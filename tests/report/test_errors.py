@@ -6,7 +6,7 @@ import pytest
 from qcompiler.graph.edit import write_input
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.graph.run import Runner
-from qcompiler.report.errors import layer_errors, output_errors, sliced, unmasked
+from qcompiler.report.errors import _side_by_side, layer_errors, output_errors, sliced, unmasked
 from tests.graphs_int8 import feeds, float_mlp, quantized_mlp
 
 
@@ -60,6 +60,13 @@ def test_padding_rows_do_not_count() -> None:
     assert output_errors(reference, quantized, [clean], 8) == output_errors(reference, quantized, [dirty], 8)
 
 
+def test_each_pair_is_compared_before_the_next_layer_runs() -> None:
+    merged, _ = _side_by_side(float_mlp(), quantized_mlp())
+    names = [node.name for node in merged.graph]
+    assert names.index("noise:0") < names.index("fc2")
+    assert names.index("alone:0") < names.index("quantized:fc2")
+
+
 def test_graphs_are_left_as_they_were() -> None:
     reference, quantized = float_mlp(), quantized_mlp()
     before = [[(n.name, n.op_type, len(n.inputs)) for n in m.graph] for m in (reference, quantized)]
@@ -83,6 +90,13 @@ def test_sums_stream() -> None:
 def test_slices_stop_at_the_sample_count_and_bound_the_rows() -> None:
     parts = list(sliced([feeds(batch=7, sequence=4)] * 3, samples=9, rows=8))
     assert [p["x"].shape[0] for p in parts] == [2, 2, 2, 1, 2]
+    assert [p["x"].shape[0] for p in sliced([feeds(batch=7, sequence=4)] * 3, samples=99, rows=8, total=33)] == [
+        2,
+        2,
+        2,
+        1,
+        2,
+    ]
     scalar = {"x": np.zeros((2, 3), np.float32), "flag": np.array(True)}
     assert list(sliced([scalar], samples=1, rows=1)) == [scalar]  # cannot be cut along a batch axis
 

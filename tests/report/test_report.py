@@ -21,7 +21,7 @@ class _Coverage:
 
 
 def _report(**changes: object) -> Report:
-    plan = FoldPlan("fold", "ln", ("fc1",), np.ones(K, np.float32))
+    plan = FoldPlan("fold", "ln", ("fc1",), np.ones(K, np.float32), why="smooth alpha=0.55, 3.0 dB less error")
     notes = (
         Note("ln", "smooth alpha=0.55", "3.0 dB less error"),
         Note("fc2", "activation uint8 per_token dynamic", "outliers are tokens"),

@@ -31,7 +31,7 @@ def compiled(activation: str = "FakeQuant", tokenizer: Path | None = None, seed:
     recipe = {"version": RECIPE_VERSION, "source": {"name": "mlp", "kind": "graph"}, "target": "onnx", "seed": seed}
     plans = (
         FoldPlan("fold", "ln", ("fc1",), np.linspace(0.5, 2, K, dtype=np.float32), None, 3e-8),
-        FoldPlan("insert", "h2", ("fc2",), None, np.ones(24, np.float32)),
+        FoldPlan("insert", "h2", ("fc2",), None, np.ones(24, np.float32), why="smooth alpha=0.8"),
     )
     return CompiledModel(lowered, recipe, report, plans, tokenizer)
 
@@ -91,7 +91,7 @@ def test_a_saved_folder_loads_and_runs_the_same(tmp_path: Path) -> None:
     assert again.report == model.report
     assert again.tokenizer == out / "tokenizer.json"
     for a, b in zip(again.plans, model.plans, strict=True):
-        assert (a.kind, a.source, a.sinks) == (b.kind, b.source, b.sinks)
+        assert (a.kind, a.source, a.sinks, a.why) == (b.kind, b.source, b.sinks, b.why)
         np.testing.assert_equal((a.scale, a.shift, a.proof), (b.scale, b.shift, b.proof))
     assert repr(again) == "CompiledModel('mlp', target 'onnx', 2 of 2 Linears quantized)"
     again.save(out, force=True)  # onto itself, while its weights are still read from there
