@@ -28,7 +28,8 @@ class Foreign:
     Attributes:
         family: the tiny model of tests.families.
         opset: what the exporter is asked for.
-        exporter: "legacy" (TorchScript), "dynamo" (with its default optimizer) or "raw" (dynamo without).
+        exporter: "legacy" (TorchScript), "dynamo" (with its default optimizer), "raw" (dynamo without), or
+            "cache": raw, a decoder whose keys and values come in and go out.
         optimizer: what happens to the export then: model type and options of onnxruntime.transformers; or None.
         attention: attention implementation of transformers.
     """
@@ -57,6 +58,7 @@ FILES: dict[str, Foreign] = {
     "llama-dynamo-20": Foreign("llama", 20, "dynamo", attention="sdpa"),
     "llama-raw-23": Foreign("llama", 23, "raw", attention="sdpa"),
     "bert-raw-22": Foreign("bert", 22, "raw", attention="sdpa"),
+    "llama-cache-21": Foreign("llama", 21, "cache", attention="sdpa"),
     "bert-fused-python": Foreign("bert", 13, optimizer=("bert", _PYTHON_FUSIONS)),
     "bert-fused-ort": Foreign("bert", 17, optimizer=("bert", _ALL_FUSIONS)),
     "gpt2-fused-ort": Foreign("gpt2", 17, optimizer=("gpt2", _ALL_FUSIONS)),
@@ -67,8 +69,9 @@ FILES: dict[str, Foreign] = {
 
 
 def feeds(name: str, batch: int = 2, seq: int = 16, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
-    """Inputs of a file, with the dtypes it asks for (the fusions of onnxruntime.transformers leave int64 as it is)."""
-    return families.feeds(FILES[name].family, batch, seq, seed)
+    """Inputs of a file; a cache holds five tokens before these."""
+    found = families.feeds(FILES[name].family, batch, seq, seed)
+    return _with_past(found) if FILES[name].exporter == "cache" else found
 
 
 def foreign(name: str) -> Path:
@@ -140,10 +143,61 @@ def _dynamo(recipe: Foreign, module: Any, examples: tuple[Any, ...], path: Path)
     program.save(str(path), external_data=False)
 
 
+PAST = ("past_key_0", "past_value_0", "past_key_1", "past_value_1")
+
+
+def _with_past(found: dict[str, npt.NDArray[Any]], length: int = 5) -> dict[str, npt.NDArray[Any]]:
+    batch = len(found["attention_mask"])
+    seen = np.ones((batch, length), np.int64)
+    found["attention_mask"] = np.concatenate([seen, found["attention_mask"]], axis=1)
+    rng = np.random.default_rng(7)
+    return found | {name: rng.standard_normal((batch, 2, length, 16), dtype=np.float32) for name in PAST}
+
+
+def _cache(recipe: Foreign, module: Any, examples: tuple[Any, ...], path: Path) -> None:
+    import torch
+    from transformers import DynamicCache
+
+    config = module.model.config
+    config.use_cache = True
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module.model
+
+        def forward(self, input_ids: Any, attention_mask: Any, k0: Any, v0: Any, k1: Any, v1: Any) -> tuple[Any, ...]:
+            cache = DynamicCache(config=config)
+            cache.update(k0, v0, 0)
+            cache.update(k1, v1, 1)
+            output = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True
+            )
+            layers = output.past_key_values.layers
+            return (output.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+    dynamic = torch.export.Dim.DYNAMIC
+    inputs = _with_past(dict(zip(("input_ids", "attention_mask"), (t.numpy() for t in examples), strict=True)))
+    program = torch.onnx.export(
+        Step().eval(),
+        tuple(torch.from_numpy(array) for array in inputs.values()),
+        dynamo=True,
+        optimize=False,
+        opset_version=recipe.opset,
+        verbose=False,
+        input_names=list(inputs),
+        output_names=["logits", *(name.replace("past", "present") for name in PAST)],
+        dynamic_shapes=(*({0: dynamic, 1: dynamic},) * 2, *({0: dynamic, 2: dynamic},) * 4),
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+
+
 _EXPORTERS: dict[str, Callable[[Foreign, Any, tuple[Any, ...], Path], None]] = {
     "legacy": _legacy,
     "dynamo": _dynamo,
     "raw": _dynamo,
+    "cache": _cache,
 }
 
 
