@@ -86,13 +86,16 @@ class FoldPlan:
     ``W' = scale[:, None] * W``, ``b' = b + shift @ W`` on the sinks' side.
 
     Attributes:
-        kind: "fold" (the source's weights absorb it) or "insert" (ops before the sinks do).
+        kind: "fold" (the source's weights absorb it), "insert" (ops before the sinks do) or "rotate" (``x' = x Q``: both
+            sides' weights absorb an orthogonal matrix).
         source: name of the node that absorbs 1/scale, or of the value where ops were inserted.
-        sinks: names of the Linears that absorb scale.
+        sinks: names of the Linears that absorb scale, or whose weights are rotated.
         scale: float32 [channels] of the source, or None.
         shift: float32 [channels] of the source, or None.
         proof: relative error bound of the region's float64 equivalence test (max|a-b| / max|a|).
         why: what the transform chose here, and what it gained.
+        rotation: what makes Q: float32 [n], the signs of the rows of ``numerics.hadamard.hadamard(n)`` / sqrt(n), or
+            [n, n], itself; or None.
     """
 
     kind: str
@@ -102,6 +105,7 @@ class FoldPlan:
     shift: npt.NDArray[np.float32] | None = None
     proof: float = float("nan")
     why: str = ""
+    rotation: npt.NDArray[np.float32] | None = None
 
 
 class Quantization(Protocol):

@@ -58,6 +58,7 @@ def _values(model: ir.Model) -> Iterator[str]:
     """Names are the identity of things: each value has one, used once, and is made before it is read."""
     graph = model.graph
     seen: set[str] = set()
+    nodes: set[str] = set()
     made: set[ir.Value] = set()
     for name, value in graph.initializers.items():
         if value.const_value is None:
@@ -70,6 +71,9 @@ def _values(model: ir.Model) -> Iterator[str]:
             yield f"value name {value.name!r} is used twice"
         seen.add(value.name or "")
     for node in graph:
+        if node.name and node.name in nodes:
+            yield f"two nodes are named {node.name!r}"
+        nodes.add(node.name or "")
         for read in node.inputs:
             if read is not None and read not in made:
                 yield f"node {node.name!r} reads {read.name!r} before it is computed"

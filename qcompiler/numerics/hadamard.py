@@ -23,7 +23,7 @@ def hadamard(order: int) -> Matrix | None:
     factors = _factors(order)
     if factors is None:
         return None
-    whole = np.ones((1, 1))
+    whole: npt.NDArray[Any] = np.ones((1, 1))
     for factor in factors:
         whole = np.kron(whole, factor)
     return whole

@@ -13,10 +13,20 @@ from qcompiler.core import Note, StatRequest
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.site_search import Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
-from qcompiler.passes.judging import by_input, holds, left_margin, quantized, reader, sample_request
+from qcompiler.passes.judging import (
+    by_input,
+    decision,
+    holds,
+    leave_decision,
+    quantized,
+    reader,
+    sample_request,
+    why_fallback,
+    with_margin,
+)
 from qcompiler.scheme import Scheme, TensorSpec
 
-_WEIGHT, _ACTIVATION = "qcompiler.weight", "qcompiler.activation"
+_WEIGHT = "qcompiler.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +47,20 @@ class Annotate(Pass):
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         if not self._judges(ctx.scheme):
             return []
-        return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme)]
+        return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme) if not decision(linear)]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         notes = _reasons(model, ctx.scheme)
-        for group in by_input(quantized(model, ctx.scheme)):
-            spec, why = ctx.scheme.activation, ""
-            if self._judges(ctx.scheme):
-                spec, why = self._judge(group, stats, ctx)
-            for linear in group:
-                _leave(linear, ctx.scheme.weight, spec)
-                if why:
-                    notes.append(Note(linear.name, f"activation {spec}", why))
+        chosen = quantized(model, ctx.scheme)
+        if ctx.scheme.activation is not None:
+            for group in by_input([linear for linear in chosen if not decision(linear)]):
+                spec, why = self._judge(group, stats, ctx) if self._judges(ctx.scheme) else (ctx.scheme.activation, "")
+                leave_decision(group, spec, why)
+        for linear in chosen:
+            linear.matmul.metadata_props[_WEIGHT] = json.dumps(dataclasses.asdict(ctx.scheme.weight))
+            spec_and_why = decision(linear)
+            if spec_and_why is not None and spec_and_why[1]:
+                notes.append(Note(linear.name, f"activation {spec_and_why[0]}", spec_and_why[1]))
         return PassResult(True, tuple(notes))
 
     @staticmethod
@@ -64,14 +76,8 @@ class Annotate(Pass):
         if scheme.fallback is not None and not holds(static.error, None):
             other = self._error(group, scheme.fallback, stats, ctx)
             if not holds(static.error, other.error):
-                return scheme.fallback, (
-                    f"error {static.error:.1e} static, {other.error:.1e} so: its outliers are tokens, not channels"
-                )
-        margin = left_margin(group) or static.margins[0]
-        spec = scheme.activation
-        if spec.observer == "minmax" and margin != 1:
-            spec = dataclasses.replace(spec, observer=f"minmax{{margin={margin:g}}}")
-        return spec, ""
+                return scheme.fallback, why_fallback(static.error, other.error)
+        return with_margin(scheme.activation, static.margins[0]), ""
 
     def _error(self, group: Sequence[Linear], spec: TensorSpec, stats: Stats, ctx: Context) -> Choice:
         return search_site(
@@ -86,17 +92,8 @@ class Annotate(Pass):
 
 def annotated(linear: Linear) -> tuple[TensorSpec | None, TensorSpec | None]:
     """The specs of weight and activation that ``annotate`` left on a Linear; None stands for float."""
-    weight, activation = (linear.matmul.metadata_props.get(key) for key in (_WEIGHT, _ACTIVATION))
-    return (
-        TensorSpec(**json.loads(weight)) if weight else None,
-        TensorSpec(**json.loads(activation)) if activation else None,
-    )
-
-
-def _leave(linear: Linear, weight: TensorSpec, activation: TensorSpec | None) -> None:
-    linear.matmul.metadata_props[_WEIGHT] = json.dumps(dataclasses.asdict(weight))
-    if activation is not None:
-        linear.matmul.metadata_props[_ACTIVATION] = json.dumps(dataclasses.asdict(activation))
+    weight, activation = linear.matmul.metadata_props.get(_WEIGHT), decision(linear)
+    return TensorSpec(**json.loads(weight)) if weight else None, activation[0] if activation else None
 
 
 def _reasons(model: ir.Model, scheme: Scheme) -> list[Note]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +16,7 @@ from qcompiler.graph.edit import array_of
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.site_search import Reader
-from qcompiler.scheme import Scheme
+from qcompiler.scheme import Scheme, TensorSpec
 
 STATIC_ERROR = 1e-3
 """Relative squared output error (30 dB) below which a static scale holds at a site, whatever else could be had. On
@@ -22,7 +24,7 @@ SmolLM2 it parts the sites with outlier tokens (10 to 29 dB) from all others (ab
 FALLBACK_GAIN = 2.0
 """Above it, the fallback must lower the squared error by this factor (3 dB) to be worth its time."""
 
-_MARGIN = "qcompiler.margin"
+_ACTIVATION, _WHY = "qcompiler.activation", "qcompiler.activation_why"
 _OUTPUTS = 4096  # output features that a site is judged on at most: an output head has ten times as many
 
 
@@ -60,19 +62,32 @@ def reader(group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.
     return Reader(sample.rows, sample.fold, sample.low, sample.high, weight, columns)
 
 
-def leave_margin(group: Sequence[Linear], margin: float) -> None:
-    """Note on Linears of one input the margin that the search judged its scale with: the scale has seen all rows by
-    then, so that no margin can be judged on them again."""
+def leave_decision(group: Sequence[Linear], spec: TensorSpec, why: str) -> None:
+    """Write on Linears of one input how it is to be quantized. ``smooth`` decides where it smooths: its scale has seen
+    all rows by then, and nothing can be judged on them again; ``annotate`` decides the rest."""
     for linear in group:
-        linear.matmul.metadata_props[_MARGIN] = repr(margin)
+        linear.matmul.metadata_props[_ACTIVATION] = json.dumps(dataclasses.asdict(spec))
+        linear.matmul.metadata_props[_WHY] = why
 
 
-def left_margin(group: Sequence[Linear]) -> float | None:
-    """What :func:`leave_margin` noted, or None."""
-    text = group[0].matmul.metadata_props.get(_MARGIN)
-    return float(text) if text is not None else None
+def decision(linear: Linear) -> tuple[TensorSpec, str] | None:
+    """What :func:`leave_decision` wrote, or None."""
+    text = linear.matmul.metadata_props.get(_ACTIVATION)
+    return (TensorSpec(**json.loads(text)), linear.matmul.metadata_props.get(_WHY, "")) if text is not None else None
+
+
+def with_margin(spec: TensorSpec, margin: float) -> TensorSpec:
+    """A static min-max spec with this margin on its range; other observers set their range themselves."""
+    if spec.dynamic or spec.observer != "minmax" or margin == 1:
+        return spec
+    return dataclasses.replace(spec, observer=f"minmax{{margin={margin:g}}}")
 
 
 def holds(static: float, fallback: float | None) -> bool:
     """Whether static quantization is good enough at a site, by its error and, if known, the fallback's."""
     return static <= STATIC_ERROR or (fallback is not None and static <= FALLBACK_GAIN * fallback)
+
+
+def why_fallback(static: float, fallback: float) -> str:
+    """The reason why a site does without a static scale."""
+    return f"error {static:.1e} static, {fallback:.1e} so: its outliers are tokens, not channels"

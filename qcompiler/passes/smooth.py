@@ -21,7 +21,16 @@ from qcompiler.graph.flow import FoldSite, Sink, analyse
 from qcompiler.graph.linear import Linear
 from qcompiler.numerics.site_search import ALPHAS, Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
-from qcompiler.passes.judging import by_input, holds, leave_margin, quantized, reader, sample_request
+from qcompiler.passes.judging import (
+    by_input,
+    holds,
+    leave_decision,
+    quantized,
+    reader,
+    sample_request,
+    why_fallback,
+    with_margin,
+)
 from qcompiler.scheme import Scheme, TensorSpec
 
 
@@ -80,25 +89,27 @@ class Smooth(Pass):
         if ctx.scheme.activation is None:
             return PassResult(False)
         for sites in _sharing_weights(_sites(model, ctx.scheme)):
-            chosen, choice, note = self._choose(sites, stats, ctx)
-            notes += [dataclasses.replace(note, node=site.name) for site in chosen]
-            if choice is None or choice.scale is None:
+            best, told = self._choose(sites, stats, ctx)
+            if best is None:
+                notes += [Note(site.name, "not smoothed", f"no gain worth it: {told}") for site in sites]
                 continue
-            margins = iter(choice.margins)
-            for site in chosen:
-                groups = [(group, next(margins)) for group in by_input(site.linears)]
+            what = f"smooth alpha={best.choice.candidate.alpha:g}"
+            margins = iter(best.choice.margins)
+            for site in best.sites:
+                specs = [(group, with_margin(best.spec, next(margins))) for group in by_input(site.linears)]
                 try:
-                    plan = _apply(model, site, choice, ctx.seed)
+                    plan = _apply(model, site, best.choice, ctx.seed)
                 except FoldError as error:
                     notes.append(Note(site.name, "not smoothed", str(error)))
                     continue
-                plans.append(dataclasses.replace(plan, why=f"{note.what}: {note.why}"))
-                for group, margin in groups:
-                    leave_margin(group, margin)
+                notes.append(Note(site.name, what, told))
+                plans.append(dataclasses.replace(plan, why=f"{what}: {told}"))
+                for group, spec in specs:
+                    leave_decision(group, spec, best.why)
         return PassResult(bool(plans), tuple(notes), tuple(plans))
 
-    def _choose(self, sites: Sequence[Site], stats: Stats, ctx: Context) -> tuple[Sequence[Site], Choice | None, Note]:
-        """The scale with the least held-out error, folded or inserted, or None where none pays."""
+    def _choose(self, sites: Sequence[Site], stats: Stats, ctx: Context) -> tuple[_Best | None, str]:
+        """The scale with the least held-out error, folded or inserted, or None where none pays; and the errors."""
         first = sites[0]
         options: list[tuple[float, Sequence[Site]]] = []
         if first.flow is not None:
@@ -107,29 +118,29 @@ class Smooth(Pass):
             options.append((self.insert_gain, sites))
         elif self.insert and len(sites) == 1 and _shares_channels(first):
             options += [(self.insert_gain, [inserted]) for inserted in _as_insertions(first)]
-        told = ""
-        best: tuple[float, Sequence[Site], Choice, Note] | None = None
+        told = "" if options else "nothing may be inserted"
+        best: tuple[float, _Best] | None = None
         for needed, option in options:
-            spec, choice = self._search(option, stats, ctx)
+            found = self._search(option, stats, ctx)
+            choice = found.choice
             gain = choice.plain / choice.error if choice.error > 0 else 1.0
-            told = f"error {choice.plain:.1e} -> {choice.error:.1e} ({spec})"
+            told = told or _told(found)
             if choice.scale is not None and (self.alpha is not None or gain >= needed):
                 worth = gain / needed
                 if best is None or worth > best[0]:
-                    best = (worth, option, choice, Note("", f"smooth alpha={choice.candidate.alpha:g}", told))
-        if best is None:
-            return sites, None, Note("", "not smoothed", f"no gain worth it: {told}" if told else "insert=false")
-        return best[1:]
+                    best = (worth, found)
+        return (best[1], _told(best[1])) if best is not None else (None, told)
 
-    def _search(self, sites: Sequence[Site], stats: Stats, ctx: Context) -> tuple[TensorSpec, Choice]:
+    def _search(self, sites: Sequence[Site], stats: Stats, ctx: Context) -> _Best:
         """The best scale for the spec that the sites will have: the static one where it holds, else the fallback."""
         scheme = ctx.scheme
         assert scheme.activation is not None
         choice = self._search_for(scheme.activation, sites, stats, ctx)
-        if scheme.fallback is None or holds(choice.error, None):
-            return scheme.activation, choice
-        other = self._search_for(scheme.fallback, sites, stats, ctx)
-        return (scheme.activation, choice) if holds(choice.error, other.error) else (scheme.fallback, other)
+        if scheme.fallback is not None and not holds(choice.error, None):
+            other = self._search_for(scheme.fallback, sites, stats, ctx)
+            if not holds(choice.error, other.error):
+                return _Best(sites, scheme.fallback, other, why_fallback(choice.error, other.error))
+        return _Best(sites, scheme.activation, choice, "")
 
     def _search_for(self, spec: TensorSpec, sites: Sequence[Site], stats: Stats, ctx: Context) -> Choice:
         columns = {linear.x: columns for site in sites for linear, columns in site.sinks}
@@ -149,6 +160,20 @@ class Smooth(Pass):
             keep_plain=self.alpha is None,
             reduce_range=ctx.capability.reduce_range,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """What a search found for sites: the spec of their inputs and why, and the scale."""
+
+    sites: Sequence[Site]
+    spec: TensorSpec
+    choice: Choice
+    why: str
+
+
+def _told(best: _Best) -> str:
+    return f"error {best.choice.plain:.1e} -> {best.choice.error:.1e} ({best.spec})"
 
 
 def _shares_channels(site: Site) -> bool:

@@ -89,13 +89,13 @@ def check_sizes(folder: Path, recorded: dict[str, int]) -> None:
 
 
 def save_plans(plans: Sequence[FoldPlan], path: Path) -> None:
-    """Scales and shifts as tensors ``<number>.scale`` / ``<number>.shift``; the rest as JSON in the header."""
+    """Scales, shifts and rotations as tensors ``<number>.scale`` and so on; the rest as JSON in the header."""
     arrays: dict[str, np.ndarray] = {}
     described = []
     for number, plan in enumerate(plans):
         texts = {"kind": plan.kind, "source": plan.source, "sinks": plan.sinks, "why": plan.why}
         described.append({**texts, "proof": repr(plan.proof)})
-        for name, array in (("scale", plan.scale), ("shift", plan.shift)):
+        for name, array in (("scale", plan.scale), ("shift", plan.shift), ("rotation", plan.rotation)):
             if array is not None:
                 arrays[f"{number}.{name}"] = np.ascontiguousarray(array)
     # Not save_file: it would make the file readable by its owner only.
@@ -121,6 +121,7 @@ def load_plans(path: Path) -> tuple[FoldPlan, ...]:
                 shift=arrays.get(f"{number}.shift"),
                 proof=float(plan["proof"]),
                 why=plan["why"],
+                rotation=arrays.get(f"{number}.rotation"),
             )
             for number, plan in enumerate(described)
         )

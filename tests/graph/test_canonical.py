@@ -85,7 +85,7 @@ def test_names_are_unique() -> None:
     model = _model(two)
     nodes = list(model.graph)
     nodes[1].name = nodes[0].name
-    with pytest.raises(ModelError, match="two Linears are named 'a'"):
+    with pytest.raises(ModelError, match="two nodes are named 'a'"):
         check(model)
     model = _model(two)
     list(model.graph)[1].outputs[0].name = "a"

@@ -64,10 +64,15 @@ def canonicalise(model: ir.Model) -> list[Note]:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Every node gets a name: reports and errors name nodes."""
+    """Every node gets a name of its own: reports, errors and passes name nodes, and ONNX Runtime refuses equal ones."""
+    taken: set[str] = set()
     for index, node in enumerate(model.graph):
-        if not node.name:
-            node.name = f"{node.op_type}_{index}"
+        name = base = node.name or f"{node.op_type}_{index}"
+        number = 2
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        node.name = name
 
 
 def _left(model: ir.Model) -> list[Note]:
