@@ -21,12 +21,13 @@ def _ops(model: ir.Model) -> list[str]:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("form", ["qdq", "qoperator"])
-def test_lowered_graph_computes_what_the_fake_quantized_one_does(form: str, activation: str) -> None:
+@pytest.mark.parametrize("as_deployed", [False, True])
+def test_lowered_graph_computes_what_the_fake_quantized_one_does(form: str, activation: str, as_deployed: bool) -> None:
     model = quantized_mlp(activation)
     data = feeds(batch=3, sequence=7)
     want = Runner(model)(data)["y"]
     lowered = Portable(form).lower(model)
-    have = Runner(model)(data)["y"]
+    have = Runner(model, as_deployed=as_deployed)(data)["y"]
     # The same integers, summed in another order: float rounding, and at most a few values on the edge of a step.
     step = 4 / 255 * 0.01 if activation == "FakeQuant" else np.abs(want).max() / 127
     assert np.median(np.abs(have - want)) <= 2e-6
