@@ -86,8 +86,8 @@ class FoldPlan:
     ``W' = scale[:, None] * W``, ``b' = b + shift @ W`` on the sinks' side.
 
     Attributes:
-        kind: "fold" (the source's weights absorb it), "insert" (ops before the sinks do) or "rotate" (``x' = x Q``: both
-            sides' weights absorb an orthogonal matrix).
+        kind: "fold" (the source's weights absorb it), "insert" (ops before the sinks do) or "rotate" (``x' = x Q``:
+            the weights on both sides absorb an orthogonal matrix).
         source: name of the node that absorbs 1/scale, or of the value where ops were inserted.
         sinks: names of the Linears that absorb scale, or whose weights are rotated.
         scale: float32 [channels] of the source, or None.

@@ -154,8 +154,9 @@ def _transform(linear: Linear, notes: Sequence[Note], plans: Sequence[FoldPlan])
     parts = []
     for plan in plans:
         if linear.name in plan.sinks:
-            words = [word for word, v in (("scale", plan.scale), ("shift", plan.shift)) if v is not None]
-            parts.append(f"{' '.join((plan.kind, ' and '.join(words))).strip()} at {plan.source}{': ' if plan.why else ''}{plan.why}")
+            what = " and ".join(word for word, v in (("scale", plan.scale), ("shift", plan.shift)) if v is not None)
+            did = f"{plan.kind} {what}" if what else plan.kind
+            parts.append(f"{did} at {plan.source}{': ' if plan.why else ''}{plan.why}")
     parts += [f"{n.what}: {n.why}" for n in notes if n.node == linear.name and n.what.startswith("activation ")]
     return "; ".join(parts)
 
