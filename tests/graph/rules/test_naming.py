@@ -56,3 +56,11 @@ def test_two_linears_of_one_bias_are_not_named_after_it() -> None:
     canonicalise(model)
     assert [linear.name for linear in linears(model)] == ["first", "second"]
     assert "first.bias" in model.graph.initializers
+
+
+def test_nodes_of_the_same_name_are_told_apart() -> None:
+    model = spelled("g (float[B, 8] x) => (float[B, 8] y) { a = Abs(x) y = Neg(a) }")
+    for node in model.graph:
+        node.name = "same"
+    canonicalise(model)
+    assert [node.name for node in model.graph] == ["same", "same_2"]
