@@ -35,7 +35,7 @@ FOLDED = {
     "bloom": 7,
     "vit": 10,
     "distilbert": 2,
-    "t5_encoder": 14,
+    "t5_encoder": 12,
     "whisper_encoder": 10,
     "mixtral": 9,
 }

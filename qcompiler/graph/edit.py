@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ def scalar_of(value: ir.Value | None) -> float | None:
 
 def unique_name(graph: ir.Graph, name: str) -> str:
     """``name``, or ``name_2``, ``name_3`` … where initializers or values of that name exist already."""
-    taken = value_names(graph)
+    return _numbered(name, value_names(graph))
+
+
+def _numbered(name: str, taken: Container[str | None]) -> str:
     if name not in taken:
         return name
-    return next(candidate for i in range(2, len(taken) + 3) if (candidate := f"{name}_{i}") not in taken)
+    return next(candidate for i in itertools.count(2) if (candidate := f"{name}_{i}") not in taken)
 
 
 def value_names(graph: ir.Graph) -> set[str]:
@@ -87,8 +91,11 @@ def insert_node(
 ) -> ir.Node:
     """Make a node, place it before ``before`` and return it; ``like`` lends the first output its type and shape.
 
-    Output values are named after the node; a taken name gets a number behind it.
+    Output values are named after the node; a taken name, of a node or of a value, gets a number behind it: ONNX Runtime
+    refuses two nodes of one name.
     """
+    if name is not None:
+        name = _numbered(name, {other.name for other in graph})
     node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs, name=name)
     base = name or op_type
     for i, output in enumerate(node.outputs):

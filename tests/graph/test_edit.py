@@ -135,6 +135,13 @@ def test_insert_node_stands_before_and_borrows_type_and_shape(model: ir.Model) -
     np.testing.assert_allclose(outputs(model, feeds)["y"], expected, rtol=1e-6)
 
 
+def test_two_nodes_of_one_name_would_not_run(model: ir.Model) -> None:
+    target = node(model, "q")
+    made = [insert_node(model.graph, target, "Abs", [target.inputs[0]], name="p") for _ in range(2)]
+    assert [n.name for n in made] == ["p_2", "p_3"]
+    outputs(model, feeds_for(model))
+
+
 def test_several_outputs_are_numbered(model: ir.Model) -> None:
     made = insert_node(model.graph, node(model, "q"), "Split", [node(model, "p").outputs[0]], outputs=2, name="half")
     assert names(made.outputs) == ["half.0", "half.1"]
