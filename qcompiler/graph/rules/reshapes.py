@@ -187,6 +187,21 @@ def _concat(rewriter: Rewriter, node: ir.Node, symbols: Symbols) -> None:
         _identity(rewriter, node, symbols)
 
 
+def _shape(rewriter: Rewriter, node: ir.Node, symbols: Symbols) -> None:
+    """An axis size that a graph input has too is read there, so that all layers share what depends on it (masks)."""
+    elements = symbols.of(node.outputs[0])
+    if elements is None or len(elements) != 1 or not isinstance(elements[0], str):
+        return
+    for value in rewriter.graph.inputs:
+        sizes = dims(value) or []
+        if elements[0] in sizes:
+            axis = sizes.index(elements[0])
+            node.replace_input_with(0, value)
+            node.attributes["start"] = ir.AttrInt64("start", axis)
+            node.attributes["end"] = ir.AttrInt64("end", axis + 1)
+            return
+
+
 NO_OPS: dict[str, Callable[[Rewriter, ir.Node, Symbols], None]] = {
     "Identity": _identity,
     "Dropout": _dropout,
@@ -194,6 +209,7 @@ NO_OPS: dict[str, Callable[[Rewriter, ir.Node, Symbols], None]] = {
     "CastLike": _cast_like,
     "Transpose": _transpose,
     "Reshape": _reshape,
+    "Shape": _shape,
     "Expand": _expand,
     "Slice": _slice,
     "Concat": _concat,

@@ -87,3 +87,12 @@ def test_a_graph_output_keeps_its_name_when_its_producer_goes() -> None:
 def test_equal_work_is_done_once() -> None:
     model = raised(spelled("g (float[4] x) => (float[4] y) { a = Abs(x) b = Abs(x) y = Add(a, b) }"), {"x": normal(4)})
     assert counts(model) == {"Abs": 1, "Add": 1}
+
+
+def test_an_axis_size_is_read_from_the_graph_input_that_has_it() -> None:
+    body = """g (float[B, S, 8] x) => (int64[1] y, int64[1] z, float[B, S, 8] b) { a = Abs(x) b = Neg(a)
+        y = Shape<start = 1, end = 2>(b) t = Transpose<perm = [1, 0, 2]>(a) v = Shape<start = 0, end = 1>(t)
+        z = Add(v, y) }"""
+    model = raised(spelled(body), {"x": normal(2, 3, 8)})
+    assert counts(model) == {"Abs": 1, "Neg": 1, "Shape": 1, "Add": 1}
+    assert next(node for node in model.graph if node.op_type == "Shape").inputs[0] is model.graph.inputs[0]
