@@ -9,6 +9,7 @@ from qcompiler.passes.base import Pass
 
 PASSES = {
     "normalise": "qcompiler.passes.normalise:Normalise",
+    "rotate": "qcompiler.passes.rotate:Rotate",
     "smooth": "qcompiler.passes.smooth:Smooth",
     "annotate": "qcompiler.passes.annotate:Annotate",
     "insert": "qcompiler.passes.insert:Insert",
