@@ -35,8 +35,8 @@ from protocol import (
 
 import qcompiler
 from qcompiler.frontends import open_source
+from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import save_model
-from qcompiler.passes.normalise import Normalise
 
 FOLDER = MODELS / "minilm"
 
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         source = open_source(FOLDER)
-        Normalise().run(source.model, {}, None)  # type: ignore[arg-type]
+        canonicalise(source.model)
         save_model(source.model, root / "fp32.onnx")
         paths = {"fp32": root / "fp32.onnx"}
         for scheme in ("w8a8", "w8a8-o3", "w8a8-dynamic"):

@@ -33,8 +33,8 @@ from protocol import (
 
 import qcompiler
 from qcompiler.frontends import open_data, open_source
+from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import save_model
-from qcompiler.passes.normalise import Normalise
 
 FOLDER = MODELS / "smollm2"
 WIKITEXT = SHARED / "data" / "wikitext2"
@@ -67,7 +67,7 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {"fp32": {}}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        Normalise().run(source.model, {}, None)  # type: ignore[arg-type]
+        canonicalise(source.model)
         save_model(source.model, root / "fp32.onnx")
         paths = {"fp32": root / "fp32.onnx"}
         for scheme in args.schemes.split(","):

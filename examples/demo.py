@@ -28,8 +28,8 @@ def main() -> None:
             folder, scheme="w8a8", calibration=calibration, output=Path(scratch) / "minilm-w8a8"
         )
         compiled = qcompiler.load(Path(scratch) / "minilm-w8a8")
-        accuracy = qcompiler.evaluate(compiled, reference=folder, data=held_back)
-        speed = qcompiler.bench(compiled, reference=folder)
+        accuracy = qcompiler.evaluate(compiled, folder, held_back)
+        speed = qcompiler.bench(compiled, folder)
     console.print(compiled.report)
     console.print(accuracy)
     console.print(speed)

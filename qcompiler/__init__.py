@@ -1,9 +1,19 @@
 """A graph-level compiler that turns float Transformers into int8 models that are faster and still right."""
 
 from qcompiler.core import QCompilerError
-from qcompiler.driver import compile
+from qcompiler.driver import bench, compile, evaluate
 from qcompiler.runtime.compiled import CompiledModel
 from qcompiler.runtime.load import load
 from qcompiler.scheme import PRESETS, Scheme, TensorSpec
 
-__all__ = ["PRESETS", "CompiledModel", "QCompilerError", "Scheme", "TensorSpec", "compile", "load"]
+__all__ = [
+    "PRESETS",
+    "CompiledModel",
+    "QCompilerError",
+    "Scheme",
+    "TensorSpec",
+    "bench",
+    "compile",
+    "evaluate",
+    "load",
+]

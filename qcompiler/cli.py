@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-import onnx_ir as ir
 from rich.console import Console
 
-from qcompiler.core import Capability, DataError, OptionError, QCompilerError
-from qcompiler.frontends import Source, open_data, open_source
-from qcompiler.passes import PASSES, make_pass
-from qcompiler.passes.base import Context
+from qcompiler.core import DataError, OptionError, QCompilerError
+from qcompiler.frontends import open_source
+from qcompiler.graph.rules import canonicalise
+from qcompiler.passes import PASSES
 from qcompiler.report.render import key_values, summary
 from qcompiler.report.render import to_rich as report_tables
 from qcompiler.runtime.load import is_compiled, load
 from qcompiler.runtime.synthetic import Shape
-from qcompiler.scheme import PRESETS, resolve
+from qcompiler.scheme import PRESETS
 from qcompiler.targets import TARGETS
 
 _SRC = "an .onnx file (external data beside it) or a Hugging Face folder (config.json and *.safetensors)"
@@ -107,56 +106,42 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     from qcompiler.report.overview import overview, to_rich
 
-    found = overview(_canonical(_source(options.path, options)))
+    source = open_source(options.path, trust_remote_code=options.trust_remote_code)
+    canonicalise(source.model)
+    found = overview(source.model)
     _tell(options, found.to_json(), to_rich(found))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from qcompiler.runtime.evaluate import evaluate
+    from qcompiler.driver import evaluate
 
-    compiled, source = load(options.out), _source(options.reference, options)
-    batch_size = options.batch_size or (1 if source.kind == "causal-lm" else 8)
-    batches = open_data(options.data, source, limit=options.limit, seq_len=options.seq_len, batch_size=batch_size)
     metrics = evaluate(
-        compiled,
-        source.model,
-        batches,
+        load(options.out),
+        _float_source(options.reference),
+        options.data,
         logits=options.logits,
-        causal=source.kind == "causal-lm",
+        limit=options.limit,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
         threads=options.threads,
+        trust_remote_code=options.trust_remote_code,
     )
-    pairs = [("samples", str(metrics.samples))]
-    for name, output in metrics.outputs.items():
-        text = f"SQNR {output.sqnr_db:.2f} dB, cosine {output.cosine:.5f}"
-        if output.top1 is not None:
-            text += f", top-1 agreement {output.top1:.2%}, KL {output.kl:.3g} nats"
-        pairs.append((name, text))
-    if metrics.perplexity is not None and metrics.reference_perplexity is not None:
-        ratio = metrics.perplexity / metrics.reference_perplexity
-        pairs.append(
-            ("perplexity", f"{metrics.perplexity:.3f}, reference {metrics.reference_perplexity:.3f} (x {ratio:.4f})")
-        )
-    _tell(options, metrics.to_json(), key_values(pairs))
+    _tell(options, metrics.to_json(), key_values(metrics.lines()))
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from qcompiler.runtime.bench import bench
+    from qcompiler.driver import bench
 
-    compiled = load(options.out)
-    reference = _canonical(_source(options.reference, options))
-    shapes = [_shape(text) for text in options.shape] if options.shape else None
-    result = bench(compiled, reference, shapes, threads=options.threads, repeats=options.repeats, seed=options.seed)
-    threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
-    pairs = [("timed with", f"{threads}, {result.clock} time, {result.repeats} pairs")]
-    for timing in result.timings:
-        pairs.append(
-            (
-                "x".join(map(str, timing.shape)),
-                f"{timing.ratio:.3f} of the reference's latency (+- {timing.spread:.3f}): "
-                f"{timing.compiled_ms:.2f} ms against {timing.reference_ms:.2f} ms",
-            )
-        )
-    _tell(options, result.to_json(), key_values(pairs))
+    result = bench(
+        load(options.out),
+        _float_source(options.reference),
+        shapes=[_shape(text) for text in options.shape] if options.shape else None,
+        threads=options.threads,
+        repeats=options.repeats,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+    _tell(options, result.to_json(), key_values(result.lines()))
 
 
 def _tell(options: argparse.Namespace, data: dict[str, Any], tables: Any) -> None:
@@ -166,16 +151,10 @@ def _tell(options: argparse.Namespace, data: dict[str, Any], tables: Any) -> Non
         Console(width=None if sys.stdout.isatty() else 200).print(tables)
 
 
-def _source(path: str, options: argparse.Namespace) -> Source:
+def _float_source(path: str) -> str:
     if is_compiled(path):
         raise DataError(f"{path} is a compiled model: the float source is wanted here.")
-    return open_source(path, trust_remote_code=options.trust_remote_code)
-
-
-def _canonical(source: Source) -> ir.Model:
-    """The canonical float graph of a source."""
-    make_pass("normalise", {}).run(source.model, {}, Context(resolve("w8a8"), Capability("none", ())))
-    return source.model
+    return path
 
 
 def _shape(text: str) -> Shape:
@@ -217,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     passes = ", ".join(name for name in PASSES if name != "normalise")
     sub.add_argument("--passes", metavar="SPEC", help=f"the pipeline as name{{option=value}},...; there are {passes}")
-    _data_options(sub, batch_size=8)
+    _data_options(sub)
     sub.add_argument("--force", action="store_true", help="replace a compiled model at OUT")
     sub.add_argument("--dump", metavar="DIR", help="also save the model after each pass, here")
     sub.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
@@ -236,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="outputs that are logits (default: those with it in their name)",
     )
-    _data_options(sub, batch_size=None)
+    _data_options(sub)
     sub.add_argument("--threads", type=int, default=0, help="intra-op threads (default: ONNX Runtime's choice)")
 
     sub = command("bench", _bench, "time a compiled model against its float source", _BENCH)
@@ -255,15 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_options(sub: argparse.ArgumentParser, batch_size: int | None) -> None:
+def _data_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--limit", metavar="N", type=int, help="samples to take of DATA (default: all)")
     sub.add_argument(
         "--seq-len", metavar="L", type=int, help="tokens in a sample (default 128 for an encoder, 512 for a causal LM)"
     )
-    default = batch_size or "8, or 1 for a causal LM"
-    sub.add_argument(
-        "--batch-size", metavar="B", type=int, default=batch_size, help=f"samples in a batch (default {default})"
-    )
+    sub.add_argument("--batch-size", metavar="B", type=int, help="samples in a batch (default 8, or 1 for a causal LM)")
 
 
 if __name__ == "__main__":

@@ -28,13 +28,18 @@ from qcompiler.frontends import Source, open_data, open_source
 from qcompiler.frontends.data import Batches
 from qcompiler.graph.canonical import check
 from qcompiler.graph.linear import linears
+from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import save_model
 from qcompiler.graph.verify import compare_outputs
 from qcompiler.passes.base import Context, Pass
 from qcompiler.report import build as build_report
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.artefact import refuse_existing
+from qcompiler.runtime.bench import BenchResult
+from qcompiler.runtime.bench import bench as measure_latency
 from qcompiler.runtime.compiled import CompiledModel
+from qcompiler.runtime.evaluate import Metrics
+from qcompiler.runtime.evaluate import evaluate as measure_metrics
 from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme, resolve
 from qcompiler.targets import make_target
@@ -59,7 +64,7 @@ def compile(
     seed: int = 0,
     limit: int | None = None,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     force: bool = False,
     dump: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
@@ -79,7 +84,8 @@ def compile(
         ignore: globs over Linear names that stay in float.
         example_inputs, dynamic_shapes: for torch modules where they cannot be derived.
         seed: for every random choice.
-        limit, seq_len, batch_size: how many calibration samples, of how many tokens, at once.
+        limit, seq_len: how many calibration samples, of how many tokens.
+        batch_size: samples in one run; None: 1 for a causal language model, else 8.
         dump: a folder where the model is saved after every pass.
         trust_remote_code: let a Hugging Face folder run its own code.
         progress: show what is going on, on stderr.
@@ -107,11 +113,7 @@ def compile(
             dynamic_shapes=dynamic_shapes,
             trust_remote_code=trust_remote_code,
         )
-        batches = (
-            open_data(calibration, source, limit=limit, seq_len=seq_len, batch_size=batch_size)
-            if calibration is not None
-            else None
-        )
+        batches = _open_data(calibration, source, limit, seq_len, batch_size) if calibration is not None else None
     work = _Work(source, batches, Context(chosen, capability, seed), stages, Path(dump) if dump is not None else None)
     work.apply(pass_table.make_pass("normalise", {}))
     if not linears(work.model):
@@ -148,6 +150,74 @@ def compile(
     if output is not None:
         compiled.save(output, force=force)
     return compiled
+
+
+def evaluate(
+    compiled: CompiledModel,
+    reference: Any,
+    data: Any,
+    *,
+    logits: str | None = None,
+    limit: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    threads: int = 0,
+    trust_remote_code: bool = False,
+) -> Metrics:
+    """Compare a compiled model with its float source on data.
+
+    Args:
+        compiled: the compiled model.
+        reference: the float model, in any form that :func:`compile` takes.
+        data: as ``calibration`` of :func:`compile`.
+        logits: name of the output that holds logits; None: found by its name and the model's kind.
+        limit, seq_len: how many samples, of how many tokens.
+        batch_size: samples in one run; None: 1 for a causal language model, else 8.
+        threads: intra-op threads; 0 leaves the number to ONNX Runtime.
+
+    Returns:
+        SQNR, cosine, for logits top-1 agreement and KL divergence, for causal language models perplexity.
+
+    Raises:
+        QCompilerError: model or data cannot be used.
+    """
+    source = open_source(reference, trust_remote_code=trust_remote_code)
+    batches = _open_data(data, source, limit, seq_len, batch_size)
+    causal = source.kind == "causal-lm"
+    return measure_metrics(compiled, source.model, batches, logits=logits, causal=causal, threads=threads)
+
+
+def bench(
+    compiled: CompiledModel,
+    reference: Any,
+    *,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    threads: int = 1,
+    repeats: int = 20,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> BenchResult:
+    """Time a compiled model against the canonical graph of its float source, in alternation in one process.
+
+    Args:
+        compiled: the compiled model.
+        reference: the float model, in any form that :func:`compile` takes.
+        shapes: sizes of the open axes, e.g. ``[(8, 128)]``; None: by kind of model.
+        threads, repeats: intra-op threads, and pairs of runs.
+        seed: of the made-up inputs.
+
+    Raises:
+        QCompilerError: the model cannot be used.
+    """
+    source = open_source(reference, trust_remote_code=trust_remote_code)
+    canonicalise(source.model)
+    return measure_latency(compiled, source.model, shapes, threads=threads, repeats=repeats, seed=seed)
+
+
+def _open_data(data: Any, source: Source, limit: int | None, seq_len: int | None, batch_size: int | None) -> Batches:
+    """The data in batches; one window at a time for a causal language model, whose logits are large."""
+    size = batch_size or (1 if source.kind == "causal-lm" else 8)
+    return open_data(data, source, limit=limit, seq_len=seq_len, batch_size=size)
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:

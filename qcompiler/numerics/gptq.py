@@ -74,7 +74,6 @@ def gptq(
     hessian: Array,
     grid: Grid,
     *,
-    target: Array | None = None,
     act_order: bool = True,
     damp: float = 0.01,
     block_size: int = 64,
@@ -87,8 +86,6 @@ def gptq(
         weight: float [in, out].
         hessian: [in, in], XᵀX of the Linear's input, at any scale.
         grid: the integers; see :class:`Grid`.
-        target: float [in, out], what to approximate instead of ``weight``, which then says only what to round to
-            nearest for comparison (:func:`corrected_target`). Default: ``weight``.
         act_order: round inputs of large diagonal first, while most others can still make up for them.
         damp: added to the diagonal, times its mean; raised tenfold until the factorisation succeeds.
         block_size: inputs of a lazy batch.
@@ -100,23 +97,22 @@ def gptq(
         DataError: the weight or the Hessian is not finite, or no damping makes it positive definite.
     """
     weight = np.asarray(weight, np.float64)
-    goal = weight if target is None else np.asarray(target, np.float64)
     hessian = np.asarray(hessian, np.float64)
     rows = len(weight)
-    if hessian.shape != (rows, rows) or goal.shape != weight.shape or block_size < 1:
+    if hessian.shape != (rows, rows) or block_size < 1:
         raise OptionError(f"gptq cannot use a weight {weight.shape} with a Hessian {hessian.shape}.")
-    if not (np.isfinite(goal).all() and np.isfinite(hessian).all()):
+    if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):
         raise DataError("the weight or its Hessian holds NaN or inf.")
     dead = np.diag(hessian) <= 0
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(rows)
     upper, used = inverse_root(hessian[np.ix_(order, order)], damp)
-    scales = _Scales(grid, goal, static=act_order)
+    scales = _Scales(grid, weight, static=act_order)
     integers = np.empty(weight.shape, np.int32)
-    integers[order] = _eliminate(goal[order].astype(dtype), upper.astype(dtype), scales, order, block_size)
+    integers[order] = _eliminate(weight[order].astype(dtype), upper.astype(dtype), scales, order, block_size)
     scale, zero_point = scales.result()
-    nearest = _nearest(goal if scales.searched else weight, grid, scale, zero_point)
+    nearest = _nearest(weight, grid, scale, zero_point)
     error, nearest_error = (
-        hessian_error(goal, _dequantized(q, grid, scale, zero_point), hessian) for q in (integers, nearest)
+        hessian_error(weight, _dequantized(q, grid, scale, zero_point), hessian) for q in (integers, nearest)
     )
     worse = (error > nearest_error) & keep_nearest
     integers[:, worse] = nearest[:, worse]
@@ -160,23 +156,6 @@ def inverse_root(hessian: Array, damp: float) -> tuple[npt.NDArray[np.float64], 
         if np.isfinite(upper).all():
             return upper, used
     raise DataError(f"the Hessian is not positive definite, whatever the damping (tried up to {_LADDER[-1]:g}).")
-
-
-def corrected_target(weight: Array, hessian: Array, cross: Array, damp: float = 0.01) -> npt.NDArray[np.float64]:
-    """The weight that makes of the quantized input x̂ what ``weight`` makes of the float input x, in least squares.
-
-    argmin ‖X W - X̂ W*‖² + λ ‖W - W*‖² = W + (X̂ᵀX̂ + λI)^-1 X̂ᵀ(X - X̂) W: the mismatch term of GPTAQ (Li et al. 2025)
-    and Qronos (Zhang et al. 2025), solved once and before any rounding.
-
-    Args:
-        weight: [in, out].
-        hessian: X̂ᵀX̂, [in, in].
-        cross: X̂ᵀX, [in, in], at the scale of ``hessian``.
-        damp: λ, relative to the mean diagonal of ``hessian``.
-    """
-    upper, _ = inverse_root(np.asarray(hessian, np.float64), damp)
-    weight = np.asarray(weight, np.float64)
-    return np.asarray(weight + upper.T @ (upper @ ((cross - hessian) @ weight)))
 
 
 def _eliminate(goal: Array, upper: Array, scales: _Scales, order: Array, block_size: int) -> npt.NDArray[np.int32]:

@@ -13,6 +13,8 @@ PASSES = {
     "smooth": "qcompiler.passes.smooth:Smooth",
     "annotate": "qcompiler.passes.annotate:Annotate",
     "insert": "qcompiler.passes.insert:Insert",
+    "gptq": "qcompiler.passes.gptq:Gptq",
+    "bias_correction": "qcompiler.passes.bias_correction:BiasCorrection",
     "fold": "qcompiler.passes.fold:Fold",
 }
 

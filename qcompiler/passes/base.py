@@ -24,11 +24,13 @@ class Context:
         scheme: what is to be quantized, and how.
         capability: what the target can run.
         seed: for every random choice.
+        float_model: the model as it was just before ``insert``, which leaves it here; None before that.
     """
 
     scheme: Scheme
     capability: Capability
     seed: int = 0
+    float_model: ir.Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,21 @@ class BenchResult:
     clock: str
     timings: tuple[Timing, ...]
 
+    def lines(self) -> list[tuple[str, str]]:
+        """What was timed, and the figures in words."""
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        pairs = [("timed with", f"{threads}, {self.clock} time, {self.repeats} pairs")]
+        for timing in self.timings:
+            text = (
+                f"{timing.ratio:.3f} of the reference's latency (+- {timing.spread:.3f}): "
+                f"{timing.compiled_ms:.2f} ms against {timing.reference_ms:.2f} ms"
+            )
+            pairs.append(("x".join(map(str, timing.shape)), text))
+        return pairs
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {text}" for name, text in self.lines())
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         return dataclasses.asdict(self)

@@ -53,6 +53,23 @@ class Metrics:
     perplexity: float | None = None
     reference_perplexity: float | None = None
 
+    def lines(self) -> list[tuple[str, str]]:
+        """What was measured, and the figures in words."""
+        pairs = [("samples", str(self.samples))]
+        for name, output in self.outputs.items():
+            text = f"SQNR {output.sqnr_db:.2f} dB, cosine {output.cosine:.5f}"
+            if output.top1 is not None:
+                text += f", top-1 agreement {output.top1:.2%}, KL {output.kl:.3g} nats"
+            pairs.append((name, text))
+        if self.perplexity is not None and self.reference_perplexity is not None:
+            ratio = self.perplexity / self.reference_perplexity
+            text = f"{self.perplexity:.3f}, reference {self.reference_perplexity:.3f} (x {ratio:.4f})"
+            pairs.append(("perplexity", text))
+        return pairs
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {text}" for name, text in self.lines())
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; an infinite SQNR (no error at all) is the string "inf"."""
         data = dataclasses.asdict(self)

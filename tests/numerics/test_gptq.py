@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.core import DataError, OptionError
-from qcompiler.numerics.gptq import Grid, corrected_target, gptq, hessian_error, inverse_root
+from qcompiler.numerics.gptq import Grid, gptq, hessian_error, inverse_root
 
 INT8, INT4 = Grid(-127, 127), Grid(-7, 7)
 
@@ -170,17 +170,3 @@ def test_what_cannot_be_solved_is_refused() -> None:
         gptq(weight, hessian[1:, 1:], INT8)
     with pytest.raises(OptionError, match="scales"):
         gptq(weight, hessian, Grid(-7, 7, 8, scale=np.ones((2, 12))))
-
-
-def test_a_target_makes_up_for_errors_of_the_input() -> None:
-    rng = np.random.default_rng(5)
-    x = rng.normal(size=(400, 16)) @ rng.normal(size=(16, 16))
-    seen = x + 0.5 * rng.normal(size=x.shape)
-    weight = rng.normal(size=(16, 8))
-    target = corrected_target(weight, seen.T @ seen, seen.T @ x, damp=1e-9)
-    expected, *_ = np.linalg.lstsq(seen, x @ weight, rcond=None)
-    np.testing.assert_allclose(target, expected, atol=1e-6)
-    rounded = gptq(weight, seen.T @ seen, INT8, target=target)
-    got = seen @ values(INT8, rounded.q, rounded.scale, rounded.zero_point)
-    assert ((got - x @ weight) ** 2).sum() < 0.95 * ((seen @ weight - x @ weight) ** 2).sum()
-    np.testing.assert_array_equal(corrected_target(weight, x.T @ x, x.T @ x), weight)

@@ -20,6 +20,7 @@ OBSERVERS = {
     "absmean": "qcompiler.calibration.observers.absmean:AbsMean",
     "rows": "qcompiler.calibration.observers.rows:RowSample",
     "folds": "qcompiler.calibration.observers.folds:Folds",
+    "means": "qcompiler.calibration.observers.means:Means",
     "hessian": "qcompiler.calibration.observers.hessian:Hessian",
 }
 
