@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.core import unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
@@ -25,6 +26,10 @@ class Fold(Pass):
 
     name: ClassVar[str] = "fold"
     bias: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.bias not in ("float", "int32"):
+            raise unknown("bias type", self.bias, ("float", "int32"))
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         folded: dict[ir.Node, ir.Value] = {}

@@ -1,0 +1,99 @@
+"""What a site is judged by, and when a static scale is good enough."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from qcompiler.calibration import collect
+from qcompiler.graph.edit import array_of
+from qcompiler.graph.linear import linear_named, linears
+from qcompiler.passes.judging import (
+    FALLBACK_GAIN,
+    STATIC_ERROR,
+    by_input,
+    decision,
+    holds,
+    leave_decision,
+    quantized,
+    reader,
+    sample_request,
+    with_margin,
+)
+from qcompiler.scheme import PRESETS, TensorSpec
+from tests.graph.tiny import tiny
+from tests.passes.blocks import LINEARS, WIDTH, batches, block
+
+SCHEME = PRESETS["w8a8"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        ({}, set()),
+        ({"ignore": ("*0",)}, {"q0", "up0", "down0", "logits0"}),
+        ({"head": False}, {"logits0"}),
+        ({"head": False, "ignore": ("K", "k")}, {"k", "logits0"}),  # globs know upper case from lower
+    ],
+)
+def test_who_is_quantized(changes: dict, left_out: set[str]) -> None:
+    chosen = [linear.name for linear in quantized(block(), dataclasses.replace(SCHEME, **changes))]
+    assert chosen == [name for name in LINEARS if name not in left_out]
+
+
+def test_linears_are_grouped_by_what_they_read() -> None:
+    groups = [[linear.name for linear in group] for group in by_input(linears(block()))]
+    assert groups == [["q0", "k"], ["up0"], ["down0"], ["post", "logits0"]]
+    assert by_input([]) == []
+
+
+def test_reader_puts_the_weights_side_by_side() -> None:
+    model = block()
+    group = [linear_named(model, name) for name in ("post", "logits0")]
+    request = sample_request(group[0], 64)
+    sample = collect(model, batches(), [request], progress=False)[request]
+    found = reader(group, sample, None, seed=0)
+    assert found.rows.shape == (64, WIDTH)
+    assert found.low.shape == found.high.shape == (4, WIDTH)
+    np.testing.assert_array_equal(found.weight, np.hstack([array_of(linear.weight) for linear in group]))
+    np.testing.assert_array_equal(found.columns, np.arange(WIDTH))
+
+
+def test_a_wide_head_is_judged_on_a_seeded_sample_of_its_features() -> None:
+    weight = np.tile(np.arange(9000, dtype=np.float32), (4, 1))
+    model = tiny("g (float[B,S,4] x) => (float[B,S,9000] y) { y = MatMul(x, w) }", {"w": weight})
+    (linear,) = linears(model)
+    request = sample_request(linear, 8)
+    sample = collect(model, batches(width=4), [request], progress=False)[request]
+    first, again, other = (reader([linear], sample, None, seed).weight for seed in (0, 0, 1))
+    assert first.shape == (4, 4096)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert len(np.unique(first[0])) == 4096
+
+
+def test_decisions_are_kept_on_the_node() -> None:
+    linear = linear_named(block(), "k")
+    assert decision(linear) is None
+    spec = TensorSpec("uint8", False, observer="percentile{percent=99.9}")
+    leave_decision([linear], spec, "so")
+    assert decision(linear) == (spec, "so")
+
+
+def test_margins_are_for_static_ranges_of_minmax() -> None:
+    static = SCHEME.activation
+    assert with_margin(static, 1.5).observer == "minmax{margin=1.5}"
+    assert with_margin(static, 1.0) is static
+    for other in (SCHEME.fallback, dataclasses.replace(static, observer="mse")):
+        assert with_margin(other, 1.5) is other
+
+
+def test_when_static_holds() -> None:
+    small, large = 0.9 * STATIC_ERROR, 3 * STATIC_ERROR
+    assert holds(small, None)
+    assert holds(small, small / 100)  # good enough, whatever else could be had
+    assert not holds(large, None)
+    assert not holds(large, large / (1.1 * FALLBACK_GAIN))
+    assert holds(large, large / (0.9 * FALLBACK_GAIN))  # the fallback would hardly be better
