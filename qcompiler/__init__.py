@@ -1,7 +1,8 @@
 """A graph-level compiler that turns float Transformers into int8 models that are faster and still right."""
 
 from qcompiler.core import QCompilerError
-from qcompiler.driver import bench, compile, evaluate
+from qcompiler.driver import compile
+from qcompiler.measure import bench, evaluate
 from qcompiler.runtime.compiled import CompiledModel
 from qcompiler.runtime.load import load
 from qcompiler.scheme import PRESETS, Scheme, TensorSpec

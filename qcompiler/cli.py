@@ -113,7 +113,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from qcompiler.driver import evaluate
+    from qcompiler.measure import evaluate
 
     metrics = evaluate(
         load(options.out),
@@ -130,7 +130,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from qcompiler.driver import bench
+    from qcompiler.measure import bench
 
     result = bench(
         load(options.out),

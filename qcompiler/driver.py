@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,41 +12,26 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler import passes as pass_table
-from qcompiler.calibration.collect import collect
 from qcompiler.core import (
     Capability,
-    DataError,
-    FoldPlan,
     ModelError,
-    Note,
     OptionError,
     TargetError,
     spell,
 )
 from qcompiler.frontends import Source, open_data, open_source
 from qcompiler.frontends.data import Batches
-from qcompiler.graph.canonical import check
 from qcompiler.graph.linear import linears
-from qcompiler.graph.rules import canonicalise
-from qcompiler.graph.run import save_model
-from qcompiler.graph.verify import compare_outputs
 from qcompiler.passes.base import Context, Pass
+from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report import build as build_report
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.artefact import refuse_existing
-from qcompiler.runtime.bench import BenchResult
-from qcompiler.runtime.bench import bench as measure_latency
 from qcompiler.runtime.compiled import CompiledModel
-from qcompiler.runtime.evaluate import Metrics
-from qcompiler.runtime.evaluate import evaluate as measure_metrics
 from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme, resolve
 from qcompiler.targets import make_target
 from qcompiler.targets.ort.readback import integer_coverage
-
-COMPARED_BATCHES = 2
-FLOAT_TOLERANCE = 1e-4
-"""Relative difference of the model's outputs that a float-exact pass may leave; measured ones are below 1e-5."""
 
 
 def compile(
@@ -113,8 +97,17 @@ def compile(
             dynamic_shapes=dynamic_shapes,
             trust_remote_code=trust_remote_code,
         )
-        batches = _open_data(calibration, source, limit, seq_len, batch_size) if calibration is not None else None
-    work = _Work(source, batches, Context(chosen, capability, seed), stages, Path(dump) if dump is not None else None)
+        batches = None
+        if calibration is not None:
+            batches = open_data(calibration, source, limit=limit, seq_len=seq_len, batch_size=batch_size)
+    work = Pipeline(
+        source.model,
+        batches,
+        Context(chosen, capability, seed),
+        stages=stages,
+        progress=progress,
+        dump=Path(dump) if dump is not None else None,
+    )
     work.apply(pass_table.make_pass("normalise", {}))
     if not linears(work.model):
         raise ModelError(
@@ -142,7 +135,7 @@ def compile(
         )
     compiled = CompiledModel(
         model=work.model,
-        recipe=_recipe(source, chosen, pipeline, target, batches, seed),
+        recipe=_recipe(source, chosen, pipeline, target, backend.tables(), batches, seed),
         report=report,
         plans=tuple(work.plans),
         tokenizer=source.tokenizer,
@@ -152,133 +145,9 @@ def compile(
     return compiled
 
 
-def evaluate(
-    compiled: CompiledModel,
-    reference: Any,
-    data: Any,
-    *,
-    logits: str | None = None,
-    limit: int | None = None,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    threads: int = 0,
-    trust_remote_code: bool = False,
-) -> Metrics:
-    """Compare a compiled model with its float source on data.
-
-    Args:
-        compiled: the compiled model.
-        reference: the float model, in any form that :func:`compile` takes.
-        data: as ``calibration`` of :func:`compile`.
-        logits: name of the output that holds logits; None: found by its name and the model's kind.
-        limit, seq_len: how many samples, of how many tokens.
-        batch_size: samples in one run; None: 1 for a causal language model, else 8.
-        threads: intra-op threads; 0 leaves the number to ONNX Runtime.
-
-    Returns:
-        SQNR, cosine, for logits top-1 agreement and KL divergence, for causal language models perplexity.
-
-    Raises:
-        QCompilerError: model or data cannot be used.
-    """
-    source = open_source(reference, trust_remote_code=trust_remote_code)
-    batches = _open_data(data, source, limit, seq_len, batch_size)
-    causal = source.kind == "causal-lm"
-    return measure_metrics(compiled, source.model, batches, logits=logits, causal=causal, threads=threads)
-
-
-def bench(
-    compiled: CompiledModel,
-    reference: Any,
-    *,
-    shapes: Sequence[tuple[int, ...]] | None = None,
-    threads: int = 1,
-    repeats: int = 20,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-) -> BenchResult:
-    """Time a compiled model against the canonical graph of its float source, in alternation in one process.
-
-    Args:
-        compiled: the compiled model.
-        reference: the float model, in any form that :func:`compile` takes.
-        shapes: sizes of the open axes, e.g. ``[(8, 128)]``; None: by kind of model.
-        threads, repeats: intra-op threads, and pairs of runs.
-        seed: of the made-up inputs.
-
-    Raises:
-        QCompilerError: the model cannot be used.
-    """
-    source = open_source(reference, trust_remote_code=trust_remote_code)
-    canonicalise(source.model)
-    return measure_latency(compiled, source.model, shapes, threads=threads, repeats=repeats, seed=seed)
-
-
-def _open_data(data: Any, source: Source, limit: int | None, seq_len: int | None, batch_size: int | None) -> Batches:
-    """The data in batches; one window at a time for a causal language model, whose logits are large."""
-    size = batch_size or (1 if source.kind == "causal-lm" else 8)
-    return open_data(data, source, limit=limit, seq_len=seq_len, batch_size=size)
-
-
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
     """The pipeline of a scheme: ``smooth`` needs calibration data, and activations to smooth."""
     return "smooth,annotate,insert,fold" if calibrated and scheme.activation is not None else "annotate,insert,fold"
-
-
-class _Work:
-    """The model on its way through the passes, with what they decided."""
-
-    def __init__(
-        self, source: Source, batches: Batches | None, context: Context, stages: Stages, dump: Path | None
-    ) -> None:
-        self.model: ir.Model = source.model
-        self.batches = batches
-        self.context = context
-        self.stages = stages
-        self.dump = dump
-        self.notes: list[Note] = []
-        self.plans: list[FoldPlan] = []
-        self.transformed: ir.Model | None = None
-        self._count = 0
-
-    def apply(self, item: Pass) -> None:
-        """Collect what the pass wants, run it, and check what it left."""
-        with self.stages(item.name):
-            requests = item.wants(self.model, self.context)
-            if requests and self.batches is None:
-                raise DataError(
-                    f"pass {item.name!r} needs activation statistics: give calibration data or choose a dynamic scheme."
-                )
-            stats = (
-                collect(self.model, self.batches, requests, seed=self.context.seed, progress=self.stages.progress)
-                if requests and self.batches is not None
-                else {}
-            )
-            before = self.model.clone() if item.float_exact and self.batches is not None else None
-            result = item.run(self.model, stats, self.context)
-            check(self.model)
-            if before is not None and self.batches is not None and result.changed:
-                self._check_exact(item, before)
-        if item.float_exact:
-            self.transformed = self.model.clone()
-        self.notes += result.notes
-        self.plans += result.plans
-        if self.dump is not None:
-            folder = self.dump / f"{self._count:02d}-{item.name}"
-            folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.model, folder / "model.onnx")
-        self._count += 1
-
-    def _check_exact(self, item: Pass, before: ir.Model) -> None:
-        assert self.batches is not None
-        difference = compare_outputs(before, self.model, itertools.islice(self.batches, COMPARED_BATCHES))
-        if not difference <= FLOAT_TOLERANCE:
-            raise ModelError(
-                f"pass {item.name!r} changed the model's float outputs by {difference:.1e}, more than "
-                f"{FLOAT_TOLERANCE:.0e}: leave it out with passes=..., and please report the model."
-            )
-        why = f"relative difference {difference:.1e} on calibration data"
-        self.notes.append(Note(item.name, "outputs compared", why))
 
 
 def _check_target(scheme: Scheme, capability: Capability) -> None:
@@ -303,7 +172,13 @@ def _check_ignore(model: ir.Model, scheme: Scheme) -> None:
 
 
 def _recipe(
-    source: Source, scheme: Scheme, pipeline: Sequence[Pass], target: str, batches: Batches | None, seed: int
+    source: Source,
+    scheme: Scheme,
+    pipeline: Sequence[Pass],
+    target: str,
+    tables: Mapping[str, str],
+    batches: Batches | None,
+    seed: int,
 ) -> dict[str, Any]:
     """What makes this artefact again, as JSON-ready data; the same input gives the same recipe."""
     return {
@@ -313,6 +188,7 @@ def _recipe(
         "scheme": scheme.to_json(),
         "passes": ",".join(spell(item.name, item) for item in pipeline),
         "target": target,
+        "tables": dict(tables),
         "seed": seed,
         "calibration": {"samples": batches.samples} if batches is not None else None,
     }

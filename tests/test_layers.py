@@ -15,7 +15,7 @@ import qcompiler
 ROOT = Path(qcompiler.__file__).parent
 LAYERS = (
     {"cli"},
-    {"driver"},
+    {"driver", "measure"},
     {"frontends", "targets", "training", "runtime", "report"},
     {"passes"},
     {"calibration"},

@@ -26,7 +26,7 @@ def open_data(
     *,
     limit: int | None = None,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> Batches:
     """Make model inputs of data.
 
@@ -37,7 +37,8 @@ def open_data(
         source: the model.
         limit: how many samples to take at most.
         seq_len: tokens in a sample, for text; default 128 for an encoder, 512 for a causal LM.
-        batch_size: samples in a batch, where the data is not in batches already.
+        batch_size: samples in a batch, where the data is not in batches already; None: 1 for a causal LM, whose logits
+            are large, else 8.
 
     Returns:
         Batches that can be iterated as often as needed. What can be read only once, or may differ the next time (a
@@ -50,6 +51,8 @@ def open_data(
         return data
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}, but at least one sample is needed.")
+    if batch_size is None:
+        batch_size = 1 if source.kind == "causal-lm" else 8
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}, but a batch has at least one sample.")
     inputs = Inputs(source.model)

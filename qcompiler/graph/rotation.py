@@ -43,12 +43,13 @@ def rotate_stream(model: ir.Model, stream: Stream, rotation: Rotation, *, seed: 
     if stream.refused:
         raise FoldError(f"the stream at {stream.name!r} cannot be rotated: {stream.refused}")
     proof = StreamProof(stream, rotation, seed)
-    edit = _Rotation(model, stream, rotation, proof)
+    edit = _Rotation(model.graph, stream, rotation, proof)
     try:
         error = edit.apply(edit.writes(), proof)
     except FoldError:
         edit.roll_back()
         raise
+    ensure_function(model, "RMSNorm")
     sinks = tuple(dict.fromkeys(linear.name for linear in stream.linears))
     return FoldPlan("rotate", stream.name, sinks, None, proof=error, rotation=record(rotation))
 
@@ -66,9 +67,13 @@ def centred(x: Array) -> Array:
 class _Rotation(Transaction):
     """The writes of one stream. Each reads its weight when it is its turn: copies are made one at a time."""
 
-    def __init__(self, model: ir.Model, stream: Stream, rotation: Rotation, proof: StreamProof) -> None:
-        super().__init__(model.graph)
-        self.model, self.stream, self.rotation, self.proof = model, stream, rotation, proof
+    def __init__(self, graph: ir.Graph, stream: Stream, rotation: Rotation, proof: StreamProof) -> None:
+        super().__init__(graph)
+        self.stream, self.rotation, self.proof = stream, rotation, proof
+
+    def roll_back(self) -> None:
+        super().roll_back()
+        self.undo.clear()  # a write that refuses is rolled back by the caller, a proof that fails by ``apply``
 
     def writes(self) -> list[Write]:
         writes: list[Write] = [functools.partial(self._writer, writer) for writer in self.stream.writers]
@@ -167,7 +172,6 @@ class _Rotation(Transaction):
         node.op_type, node.domain = "RMSNorm", DOMAIN
         node.attributes.clear()
         node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
-        ensure_function(self.model, "RMSNorm")
         self.undo.append(undo)
 
     def _bridge(

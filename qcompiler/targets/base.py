@@ -34,6 +34,10 @@ class Target(abc.ABC):
     def capability(self) -> Capability:
         """What this target can run on this machine."""
 
+    def tables(self) -> Mapping[str, str]:
+        """Digests of the data that decides what :meth:`lower` makes, by name: part of the recipe."""
+        return {}
+
     @abc.abstractmethod
     def lower(self, model: ir.Model) -> Lowered:
         """Rewrite the folded canonical graph in place to the target's operators; no function of ours is left."""

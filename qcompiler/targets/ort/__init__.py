@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -38,6 +39,9 @@ class OrtCpu(Target):
 
     def capability(self) -> Capability:
         return capability(self.rows, self.vnni)
+
+    def tables(self) -> Mapping[str, str]:
+        return {"costs": load_costs().sha256}
 
     def lower(self, model: ir.Model) -> Lowered:
         """Attention and norms to one operator each, Linears to integer products; what else is ours is inlined.
