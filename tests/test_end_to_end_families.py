@@ -108,7 +108,8 @@ def test_float_folds_alone_keep_the_outputs(name: str) -> None:
 def test_files_of_other_exporters(name: str, tmp_path: Path) -> None:
     path = foreign.foreign(name)
     family = foreign.FILES[name].family
-    compiled = qcompiler.compile(path, calibration=calibration(family), output=tmp_path / "out", progress=False)
+    data = [foreign.feeds(name, batch=4, seq=24, seed=seed) for seed in range(3)]
+    compiled = qcompiler.compile(path, calibration=data, output=tmp_path / "out", progress=False)
     feeds = foreign.feeds(name, seed=9)
     output = families.OUTPUT[family]
     got = compiled.run(feeds, threads=1)[output]
