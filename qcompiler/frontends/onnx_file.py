@@ -67,7 +67,7 @@ def hash_model(model: ir.Model) -> str:
             digest.update(tensor.tobytes())
             if isinstance(tensor, ir.ExternalTensor) and not mapped:
                 tensor.release()  # pages that were touched count as resident until the map is closed
-            value.const_value = None
+            value.const_value = ir.tensor([0], name=value.name)  # with none at all onnx_ir would log a warning
     digest.update(ir.to_proto(stripped).SerializeToString(deterministic=True))
     return digest.hexdigest()
 
