@@ -33,6 +33,7 @@ class Insert(Pass):
         return [_request(linear, spec) for linear, _, spec in _quantized(model) if spec and not spec.dynamic]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        ctx.float_model = model.clone()
         weights: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
         activations: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
         changed = False
