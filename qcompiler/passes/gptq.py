@@ -63,11 +63,9 @@ class Gptq(Pass):
             ends = np.cumsum([linear.out_features for linear in distinct])
             for first, end in zip(distinct, ends, strict=True):
                 part = slice(end - first.out_features, end)
-                values = rounded.q[:, part].astype(np.float32) * rounded.scale[part]
-                for linear in group:
-                    if linear.weight is first.weight:
-                        _write(edit, linear, values)
-                        notes.append(Note(linear.name, "gptq", _told(rounded, part)))
+                readers = [linear for linear in group if linear.weight is first.weight]
+                _write(edit, readers, rounded.q[:, part].astype(np.float32) * rounded.scale[part])
+                notes += [Note(linear.name, "gptq", _told(rounded, part)) for linear in readers]
             edit.inherit_names()
         return PassResult(bool(notes), tuple(notes))
 
@@ -117,12 +115,13 @@ def _scale(linear: Linear) -> npt.NDArray[Any]:
     return np.broadcast_to(scale, (linear.out_features,))
 
 
-def _write(edit: Transaction, linear: Linear, values: npt.NDArray[np.float32]) -> None:
+def _write(edit: Transaction, readers: list[Linear], values: npt.NDArray[np.float32]) -> None:
     """Readers of one weight go on sharing it: they get the same numbers under the same key."""
-    quant, old = linear.weight_quant, array_of(linear.weight)
-    assert quant is not None
+    old = array_of(readers[0].weight)
     assert old is not None
-    edit.weight(quant, 0, values, old, b"gptq")()
+    for quant in dict.fromkeys(linear.weight_quant for linear in readers):
+        assert quant is not None
+        edit.weight(quant, 0, values, old, b"gptq")()
 
 
 def _told(rounded: Rounded, part: slice) -> str:
