@@ -10,9 +10,12 @@ from qcompiler.passes.base import Pass
 PASSES = {
     "normalise": "qcompiler.passes.normalise:Normalise",
     "rotate": "qcompiler.passes.rotate:Rotate",
+    "equalize": "qcompiler.passes.equalize:Equalize",
+    "split": "qcompiler.passes.split:Split",
     "smooth": "qcompiler.passes.smooth:Smooth",
     "annotate": "qcompiler.passes.annotate:Annotate",
     "insert": "qcompiler.passes.insert:Insert",
+    "clip": "qcompiler.passes.clip:Clip",
     "gptq": "qcompiler.passes.gptq:Gptq",
     "bias_correction": "qcompiler.passes.bias_correction:BiasCorrection",
     "fold": "qcompiler.passes.fold:Fold",
