@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from qcompiler.graph.edit import array_of, sole_user
-from qcompiler.graph.functions import is_call
+from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.stream_ends import conv_behind, is_norm, is_table, width
 
 _SHAPES = ("Shape", "Size")
 _MOVES = ("Identity", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand")
@@ -103,7 +103,7 @@ def find_streams(model: ir.Model) -> list[Stream]:
     seen: set[ir.Value] = set()
     streams = []
     for node in model.graph:
-        x = node.inputs[0] if _is_norm(node) else None
+        x = node.inputs[0] if is_norm(node) else None
         if x is not None and x not in seen:
             walk = _Walk(model.graph, made_by, x)
             seen |= set(walk.members)
@@ -112,19 +112,12 @@ def find_streams(model: ir.Model) -> list[Stream]:
     return streams
 
 
-def norm_parts(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None, float]:
-    """Weight, bias and epsilon of a norm."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    return node.inputs[1], bias, epsilon
-
-
 class _Walk:
     """All values connected with one norm's input."""
 
     def __init__(self, graph: ir.Graph, made_by: Mapping[ir.Value, Linear], start: ir.Value) -> None:
         self.graph, self.made_by = graph, made_by
-        self.channels = _width(start) or 0
+        self.channels = width(start) or 0
         self.members: dict[ir.Value, None] = {start: None}
         self.writers: list[Writer] = []
         self.norms: list[NormReader] = []
@@ -165,9 +158,9 @@ class _Walk:
         linear = self.made_by.get(value)
         if linear is not None:
             self.writers.append(Writer("linear", linear.matmul, 1, value, linear))
-        elif node is not None and node.op_type == "Gather" and node.domain == "" and _is_table(node):
+        elif node is not None and is_table(node):
             self.writers.append(Writer("table", node, 0, value))
-        elif node is not None and (conv := _conv_behind(node)) is not None:
+        elif node is not None and (conv := conv_behind(node)) is not None:
             self.writers.append(Writer("conv", conv, 1, value))
         elif node is not None and (sides := self._sides(node)) is not None:
             self.sums += node.op_type in ("Add", "Sub") and len(sides) == 2
@@ -190,7 +183,7 @@ class _Walk:
                 self.refused[f"{value.name!r} is read inside a subgraph"] = None
             elif node.op_type in _SHAPES and node.domain == "":
                 continue
-            elif slot == 0 and _is_norm(node):
+            elif slot == 0 and is_norm(node):
                 self.norms.append(self._norm(node))
             elif slot in (self._sides(node) or ()):
                 yield node.outputs[0]
@@ -221,13 +214,13 @@ class _Walk:
 
     def _sides(self, node: ir.Node) -> tuple[int, ...] | None:
         """Which inputs of the node are in the basis of its output; None where it does not keep a basis."""
-        if node.domain != "" or not node.outputs or _width(node.outputs[0]) != self.channels:
+        if node.domain != "" or not node.outputs or width(node.outputs[0]) != self.channels:
             return None
         if node.op_type in ("Add", "Sub"):
-            wide = [_width(value) == self.channels or array_of(value) is not None for value in node.inputs]
+            wide = [width(value) == self.channels or array_of(value) is not None for value in node.inputs]
             return (0, 1) if all(wide) else None
         if node.op_type in ("Mul", "Div"):
-            factors = [slot for slot, value in enumerate(node.inputs) if _width(value) in (0, 1)]
+            factors = [slot for slot, value in enumerate(node.inputs) if width(value) in (0, 1)]
             return (1 - factors[-1],) if factors and (node.op_type == "Mul" or factors[-1] == 1) else None
         if node.op_type == "Concat":
             axis, rank = node.attributes["axis"].as_int(), len(node.outputs[0].shape or ())
@@ -239,7 +232,7 @@ class _Walk:
         if node.domain != "" or node.op_type not in _MOVES:
             return False
         x, y = node.inputs[0], node.outputs[0]
-        if x is None or x.shape is None or y.shape is None or _width(x) != self.channels or _width(y) != self.channels:
+        if x is None or x.shape is None or y.shape is None or width(x) != self.channels or width(y) != self.channels:
             return False
         rank = len(x.shape)
         if node.op_type == "Transpose":
@@ -251,65 +244,4 @@ class _Walk:
         if node.op_type == "Slice":
             axes = array_of(node.inputs[3]) if len(node.inputs) > 3 else None
             return axes is not None and not {-1, rank - 1} & set(axes.tolist())
-        if node.op_type == "Reshape":  # rows are kept where all sizes but the last go into one, or one into them
-            return self.channels > 1
-        return True
-
-
-def _is_norm(node: ir.Node) -> bool:
-    """A norm over the last axis whose weight and bias are constant vectors and whose other outputs nobody reads."""
-    if is_call(node, "RMSNorm"):
-        return _is_vector(node.inputs[1])
-    if node.op_type != "LayerNormalization" or node.domain != "":
-        return False
-    x, axis = node.inputs[0], node.attributes["axis"].as_int() if "axis" in node.attributes else -1
-    last = axis == -1 or (x is not None and x.shape is not None and axis == len(x.shape) - 1)
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    spare = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
-    return last and _is_vector(node.inputs[1]) and (bias is None or _is_vector(bias)) and not spare
-
-
-def _is_vector(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and not value.is_graph_input() and len(value.shape or ()) == 1
-
-
-def _is_table(node: ir.Node) -> bool:
-    data = node.inputs[0]
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    constant = data is not None and data.is_initializer() and not data.is_graph_input()
-    return constant and axis == 0 and data is not None and len(data.shape or ()) == 2
-
-
-def _conv_behind(node: ir.Node) -> ir.Node | None:
-    """The convolution whose output channels this Transpose puts last, over flattened positions."""
-    if node.op_type != "Transpose" or node.domain != "" or "perm" not in node.attributes:
-        return None
-    value, perm = node.inputs[0], list(node.attributes["perm"].as_ints())
-    if perm != [0, *range(2, len(perm)), 1]:
-        return None
-    before = value.producer() if value is not None else None
-    if before is not None and before.op_type in ("Reshape", "Flatten") and before.domain == "":
-        inner = before.inputs[0]
-        if sole_user(value) is not node or inner is None or not _keeps_second_axis(inner, before.outputs[0]):
-            return None
-        node, value, before = before, inner, inner.producer()
-    if before is None or before.op_type != "Conv" or before.domain != "" or sole_user(value) is not node:
-        return None
-    grouped = "group" in before.attributes and before.attributes["group"].as_int() != 1
-    return None if grouped or any(array_of(v) is None for v in before.inputs[1:]) else before
-
-
-def _keeps_second_axis(before: ir.Value, after: ir.Value) -> bool:
-    if before.shape is None or after.shape is None or len(before.shape) < 2 or len(after.shape) < 2:
-        return False
-    return before.shape[0] == after.shape[0] and isinstance(after.shape[1], int) and before.shape[1] == after.shape[1]
-
-
-def _width(value: ir.Value | None) -> int | None:
-    """Size of the last axis where it is known; 0 for a scalar."""
-    if value is None or value.shape is None:
-        return None
-    if len(value.shape) == 0:
-        return 0
-    last = value.shape[-1]
-    return last if isinstance(last, int) else None
+        return True  # Reshape too: where the last axis keeps its size, rows stay rows

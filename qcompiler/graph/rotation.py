@@ -19,7 +19,8 @@ from qcompiler.core import DOMAIN, FoldPlan
 from qcompiler.graph.edit import add_initializer, array_of, unique_name
 from qcompiler.graph.functions import ensure_function
 from qcompiler.graph.linear import Linear, as_linear
-from qcompiler.graph.residual import NormReader, Stream, Writer, norm_parts
+from qcompiler.graph.residual import NormReader, Stream, Writer
+from qcompiler.graph.stream_ends import norm_parts
 from qcompiler.graph.stream_proof import StreamProof
 from qcompiler.graph.transaction import FoldError, Transaction, Write, checked_cast
 from qcompiler.numerics.hadamard import Rotation

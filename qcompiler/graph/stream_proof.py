@@ -15,7 +15,8 @@ import onnx_ir as ir
 from qcompiler.core import ModelError
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, as_linear
-from qcompiler.graph.residual import NormReader, Stream, Writer, norm_parts
+from qcompiler.graph.residual import NormReader, Stream, Writer
+from qcompiler.graph.stream_ends import norm_parts
 from qcompiler.numerics.hadamard import Rotation
 
 _ROWS = 8  # random inputs of each end

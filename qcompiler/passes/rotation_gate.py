@@ -18,7 +18,8 @@ from qcompiler.core import StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.head_rotation import HeadSite, rotate_columns
 from qcompiler.graph.linear import linear_named
-from qcompiler.graph.residual import NormReader, Stream, norm_parts
+from qcompiler.graph.residual import NormReader, Stream
+from qcompiler.graph.stream_ends import norm_parts
 from qcompiler.numerics.hadamard import Rotation
 from qcompiler.numerics.site_search import ALPHAS, Reader, search_site
 from qcompiler.passes.base import Context, Stats
