@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qcompiler.frontends.inputs import as_array
 Chunk = dict[str, npt.NDArray[Any]]
 
 
-def batches_of(arrays: Mapping[str, Any], batch_size: int) -> Iterator[Chunk]:
+def batches_of(arrays: Mapping[str, Any], batch_size: int) -> Generator[Chunk, None, None]:
     """Cut a dict of arrays into batches.
 
     Raises:
@@ -29,7 +29,7 @@ def batches_of(arrays: Mapping[str, Any], batch_size: int) -> Iterator[Chunk]:
         yield {name: array[start : start + batch_size] for name, array in whole.items()}
 
 
-def batches_of_npz(path: Path, batch_size: int) -> Iterator[Chunk]:
+def batches_of_npz(path: Path, batch_size: int) -> Generator[Chunk, None, None]:
     """Read an ``.npz`` batch by batch, so that its size does not matter.
 
     Raises:

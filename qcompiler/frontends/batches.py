@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,15 @@ def from_stream(items: Iterable[Any], inputs: Inputs, limit: int | None) -> Batc
     return Batches(samples, count, read)
 
 
-def from_reader(read: Callable[[], Iterator[Any]], inputs: Inputs, limit: int | None = None) -> Batches:
+def from_reader(read: Callable[[], Generator[Any, None, None]], inputs: Inputs, limit: int | None = None) -> Batches:
     """Batches that ``read()`` makes anew at each call; the first pass, which counts and checks them, is made now."""
-    return _counted(lambda: _limited((inputs.fit(item, f"batch {i}") for i, item in enumerate(read())), limit))
+
+    def fitted() -> Iterator[Feeds]:
+        with contextlib.closing(read()) as items:  # a file that it reads is closed too where a batch is refused
+            for i, item in enumerate(items):
+                yield inputs.fit(item, f"batch {i}")
+
+    return _counted(lambda: _limited(fitted(), limit))
 
 
 def _counted(read: Callable[[], Iterator[Feeds]]) -> Batches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def from_folder(folder: Path, source: Source, inputs: Inputs, *, limit: int | No
     if inputs.fixed(name, 0) is not None:
         paths = paths[: len(paths) // size * size]
 
-    def read() -> Iterator[dict[str, Any]]:
+    def read() -> Generator[dict[str, Any], None, None]:
         for start in range(0, len(paths), size):
             yield {name: np.stack([prepare(path) for path in paths[start : start + size]])}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _tokens(tokenizer: Any, text: str, need: int | None) -> list[int]:
 
 def _padded(
     samples: Sequence[Sample], batch_size: int, pad: int, width: int | None, inputs: Inputs
-) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
+) -> Generator[dict[str, npt.NDArray[np.int64]], None, None]:
     for start in range(0, len(samples), batch_size):
         rows = samples[start : start + batch_size]
         shape = len(rows), width or max(len(ids) for ids, _ in rows)
