@@ -10,7 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompiler.core import Note, StatRequest
-from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.linear import Linear
 from qcompiler.numerics.site_search import Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import (
@@ -18,6 +18,7 @@ from qcompiler.passes.judging import (
     decision,
     holds,
     leave_decision,
+    left_in_float,
     quantized,
     reader,
     sample_request,
@@ -50,7 +51,7 @@ class Annotate(Pass):
         return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme) if not decision(linear)]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
-        notes = _reasons(model, ctx.scheme)
+        notes = left_in_float(model, ctx.scheme)
         chosen = quantized(model, ctx.scheme)
         if ctx.scheme.activation is not None:
             for group in by_input([linear for linear in chosen if not decision(linear)]):
@@ -94,14 +95,3 @@ def annotated(linear: Linear) -> tuple[TensorSpec | None, TensorSpec | None]:
     """The specs of weight and activation that ``annotate`` left on a Linear; None stands for float."""
     weight, activation = linear.matmul.metadata_props.get(_WEIGHT), decision(linear)
     return TensorSpec(**json.loads(weight)) if weight else None, activation[0] if activation else None
-
-
-def _reasons(model: ir.Model, scheme: Scheme) -> list[Note]:
-    """Why the others stay in float."""
-    chosen = {linear.name for linear in quantized(model, scheme)}
-    return [
-        Note(linear.name, "left in float", f"ignored by {glob!r}" if glob else "an output head; the scheme leaves it")
-        for linear in linears(model)
-        if linear.name not in chosen
-        for glob in [scheme.ignored_by(linear.name)]
-    ]

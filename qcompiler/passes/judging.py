@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.observers.folds import FoldSample
-from qcompiler.core import StatRequest
+from qcompiler.core import Note, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear, linears
@@ -24,14 +24,34 @@ SmolLM2 it parts the sites with outlier tokens (10 to 29 dB) from all others (ab
 FALLBACK_GAIN = 2.0
 """Above it, the fallback must lower the squared error by this factor (3 dB) to be worth its time."""
 
+_FLOAT = "qcompiler.float"
 _ACTIVATION, _WHY = "qcompiler.activation", "qcompiler.activation_why"
 _OUTPUTS = 4096  # output features that a site is judged on at most: an output head has ten times as many
 
 
 def quantized(model: ir.Model, scheme: Scheme) -> list[Linear]:
     """The Linears that the scheme quantizes."""
+    left = {note.node for note in left_in_float(model, scheme)}
+    return [linear for linear in linears(model) if linear.name not in left]
+
+
+def left_in_float(model: ir.Model, scheme: Scheme) -> list[Note]:
+    """The Linears that stay in float, and why."""
     heads = set() if scheme.head else output_heads(model)
-    return [linear for linear in linears(model) if not scheme.ignored_by(linear.name) and linear.name not in heads]
+    reasons = []
+    for linear in linears(model):
+        if why := linear.matmul.metadata_props.get(_FLOAT):
+            reasons.append((linear.name, why))
+        elif glob := scheme.ignored_by(linear.name):
+            reasons.append((linear.name, f"ignored by {glob!r}"))
+        elif linear.name in heads:
+            reasons.append((linear.name, "an output head; the scheme leaves it"))
+    return [Note(name, "left in float", why) for name, why in reasons]
+
+
+def keep_float(matmul: ir.Node, why: str) -> None:
+    """Let no pass quantize this Linear."""
+    matmul.metadata_props[_FLOAT] = why
 
 
 def by_input(group: Sequence[Linear]) -> list[list[Linear]]:

@@ -1,0 +1,128 @@
+"""split: the decomposition of LLM.int8() (Dettmers et al. 2022, section 3.2), with outlier channels from calibration.
+
+A few input channels of a Linear may be so much larger than the rest, in a few tokens, that no scale serves both. They
+leave the quantized product, x W = (m ∘ x) W + x[:, o] W[o, :] with m zero at the outlier channels o and one elsewhere,
+and are multiplied in float: a product with as many terms as there are outlier channels. The Mul by m costs nothing
+where ``smooth`` scales this input anyway, since its 1/s is folded into m.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.core import Note, StatRequest
+from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value, unique_name, write_input
+from qcompiler.graph.linear import Linear
+from qcompiler.numerics.site_search import Reader, search_site
+from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.judging import by_input, keep_float, quantized, reader, sample_request
+
+_ALPHA = 0.8  # the site is judged as ``smooth`` may leave it: plain, or with a middling scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Pass):
+    """Keep a few outlier channels in float where that lowers the site's error.
+
+    Attributes:
+        channels: how many channels of one input are kept in float.
+        gain: the squared error must fall by this factor at least (2: 3 dB).
+        rows: calibration rows each site is judged on.
+    """
+
+    name: ClassVar[str] = "split"
+    float_exact: ClassVar[bool] = True
+    channels: int = 4
+    gain: float = 2.0
+    rows: int = 512
+
+    def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
+        if ctx.scheme.activation is None:
+            return []
+        return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme)]
+
+    def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        notes = []
+        if ctx.scheme.activation is None:
+            return PassResult(False)
+        for group in by_input(quantized(model, ctx.scheme)):
+            if group[0].in_features < 16 * self.channels:
+                continue
+            site = reader(group, stats[sample_request(group[0], self.rows)], None, ctx.seed)
+            outliers = _loudest(site, self.channels)
+            before, after = self._noise(site, ctx), self._noise(_without(site, outliers), ctx)
+            if before >= self.gain * after:
+                _split(model.graph, group, outliers)
+                channels = ", ".join(map(str, outliers))
+                why = f"channels {channels} in float: error falls by {10 * np.log10(before / after):.1f} dB"
+                notes += [Note(linear.name, "split", why) for linear in group]
+        return PassResult(bool(notes), tuple(notes))
+
+    def _noise(self, site: Reader, ctx: Context) -> float:
+        """Squared error of the site's outputs on held-out rows."""
+        assert ctx.scheme.activation is not None
+        choice = search_site(
+            [site],
+            ctx.scheme.activation,
+            ctx.scheme.weight,
+            channels=len(site.weight),
+            alphas=(_ALPHA,),
+            reduce_range=ctx.capability.reduce_range,
+        )
+        return choice.error * float(np.square(site.rows @ site.weight, dtype=np.float64).sum())
+
+
+def _loudest(site: Reader, count: int) -> npt.NDArray[np.int64]:
+    """The channels that may weigh most in the output: largest max|x_k|² · ‖W_k‖², in ascending order."""
+    absmax = np.maximum(np.abs(site.low), np.abs(site.high)).max(0)
+    loudness = np.square(absmax) * np.einsum("kn,kn->k", site.weight, site.weight)
+    return np.sort(np.argpartition(-loudness, count)[:count])
+
+
+def _without(site: Reader, outliers: npt.NDArray[np.int64]) -> Reader:
+    keep = np.ones(len(site.weight), np.float32)
+    keep[outliers] = 0
+    return dataclasses.replace(
+        site,
+        rows=site.rows * keep,
+        low=site.low * keep,
+        high=site.high * keep,
+        weight=site.weight * keep[:, None],
+    )
+
+
+def _split(graph: ir.Graph, group: Sequence[Linear], outliers: npt.NDArray[np.int64]) -> None:
+    x, name = group[0].x, group[0].x.name or ""
+    readers = {linear.matmul for linear in group}
+    first = next(node for node in graph if node in readers)
+    mask = np.ones(group[0].in_features, np.float32)
+    mask[outliers] = 0
+    masked = insert_node(
+        graph, first, "Mul", [x, add_initializer(graph, f"{name}.inliers", mask)], name=f"{name}.masked", like=x
+    )
+    indices = add_initializer(graph, f"{name}.outlier_channels", outliers.astype(np.int64))
+    few = insert_node(graph, first, "Gather", [x, indices], attributes={"axis": -1}, name=f"{name}.outliers")
+    few.outputs[0].type = x.type
+    for linear in group:
+        weight = array_of(linear.weight)
+        assert weight is not None
+        linear.matmul.replace_input_with(0, masked.outputs[0])
+        write_input(linear.matmul, 1, weight * mask[:, None])
+        rows = add_initializer(graph, f"{linear.name}.outliers.weight", weight[outliers])
+        output = linear.output
+        product = ir.node("MatMul", [few.outputs[0], rows], name=f"{linear.name}.outliers")
+        total = ir.node("Add", [output, product.outputs[0]], name=f"{linear.name}.split")
+        for node in (product, total):
+            node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
+            node.outputs[0].name = unique_name(graph, node.name or "")
+        last = linear.add or linear.matmul
+        replace_value(output, total.outputs[0])
+        total.replace_input_with(0, output)
+        graph.insert_after(last, [product, total])
+        keep_float(product, "outlier channels, kept in float by split")
