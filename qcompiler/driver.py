@@ -146,8 +146,9 @@ def compile(
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
-    """The pipeline of a scheme: ``smooth`` needs calibration data, and activations to smooth."""
-    return "smooth,annotate,insert,fold" if calibrated and scheme.activation is not None else "annotate,insert,fold"
+    """The pipeline of a scheme: ``split`` and ``smooth`` need calibration data, and activations that are quantized."""
+    quantize = "annotate,insert,fold"
+    return f"split,smooth,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 
 def _check_target(scheme: Scheme, capability: Capability) -> None:

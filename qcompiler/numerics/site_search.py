@@ -21,7 +21,7 @@ from qcompiler.scheme import TensorSpec
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float32]
 
-ALPHAS = (0.7, 0.85, 1.0)
+ALPHAS = (0.5, 0.65, 0.8, 0.9, 1.0)
 FLOORS = (2.0,)
 MARGINS = (1.0, 1.2, 1.5, 2.0)
 
