@@ -31,8 +31,8 @@ def main() -> None:
         accuracy = qcompiler.evaluate(compiled, folder, held_back)
         speed = qcompiler.bench(compiled, folder)
     console.print(compiled.report)
-    console.print(accuracy)
-    console.print(speed)
+    console.print(f"On {len(held_back)} held-back sentences:\n{accuracy}")
+    console.print(f"Latency:\n{speed}")
 
 
 if __name__ == "__main__":

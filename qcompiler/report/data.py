@@ -74,6 +74,12 @@ class Report:
     peak_rss: int = 0
     notes: tuple[Note, ...] = ()
 
+    def __rich__(self) -> Any:
+        """The tables that a rich console prints."""
+        from qcompiler.report.render import to_rich
+
+        return to_rich(self)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; numbers that JSON cannot write (an error of exactly 0 is inf dB) become strings."""
         data: dict[str, Any] = _plain({"version": VERSION, **dataclasses.asdict(self)})
