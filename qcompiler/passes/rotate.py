@@ -36,7 +36,9 @@ class Rotate(Pass):
             channels there, if they add at most this share of multiplications to its own.
         gate: keep a rotation only where it lowers the held-out error of the Linears that it touches: of a stream as a
             whole, of each head site alone.
-        gain: the factor by which it must lower it.
+        gain: the factor by which it must lower it. A small gain in the sum is not one of the model: on SmolLM2, all
+            static, smoothed both times, a rotated stream lowers the sum by 2 % and raises perplexity from 1.030 to
+            1.050 of fp32's, because the inputs of the first layers' Linears, whose errors all others inherit, lose.
         smoothed: let the gate judge either side at its best smoothing scale, as pass ``smooth`` would then find it.
         rows: calibration rows the gate judges on.
     """
@@ -48,7 +50,7 @@ class Rotate(Pass):
     random_signs: bool = True
     bridges: float = 0.1
     gate: bool = True
-    gain: float = 1.02
+    gain: float = 1.1
     smoothed: bool = True
     rows: int = 512
 

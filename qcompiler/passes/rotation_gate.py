@@ -43,7 +43,7 @@ class Verdict:
         return self.after * factor <= self.before and self.after < self.before
 
     def __str__(self) -> str:
-        return f"summed error {self.before:.1e} -> {self.after:.1e}"
+        return f"summed error {self.before:.2e} -> {self.after:.2e}"
 
 
 def rows_request(value: ir.Value, rows: int) -> StatRequest:
