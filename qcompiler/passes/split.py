@@ -18,17 +18,19 @@ import onnx_ir as ir
 
 from qcompiler.core import Note, StatRequest
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value, unique_name, write_input
+from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear
-from qcompiler.numerics.site_search import Reader, search_site
+from qcompiler.numerics.site_search import ALPHAS, Reader, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import by_input, keep_float, quantized, reader, sample_request
 
-_ALPHA = 0.8  # the site is judged as ``smooth`` may leave it: plain, or with a middling scale
+_ALPHA = 0.8  # a middling scale, for a first look
 
 
 @dataclasses.dataclass(frozen=True)
 class Split(Pass):
-    """Keep a few outlier channels in float where that lowers the site's error.
+    """Keep a few outlier channels in float where that lowers the site's error. Output heads are left alone: one more
+    addition over a vocabulary costs too much.
 
     Attributes:
         channels: how many channels of one input are kept in float.
@@ -51,31 +53,42 @@ class Split(Pass):
         notes = []
         if ctx.scheme.activation is None:
             return PassResult(False)
+        heads = output_heads(model)
         for group in by_input(quantized(model, ctx.scheme)):
-            if group[0].in_features < 16 * self.channels:
+            if group[0].in_features < 16 * self.channels or any(linear.name in heads for linear in group):
                 continue
             site = reader(group, stats[sample_request(group[0], self.rows)], None, ctx.seed)
             outliers = _loudest(site, self.channels)
-            before, after = self._noise(site, ctx), self._noise(_without(site, outliers), ctx)
-            if before >= self.gain * after:
+            rest = _without(site, outliers)
+            fall = _fall(site, rest, (_ALPHA,), ctx)
+            if fall >= self.gain:  # it was judged with one scale; with the best one, each may do better
+                fall = _fall(site, rest, ALPHAS, ctx)
+            if fall >= self.gain:
                 _split(model.graph, group, outliers)
                 channels = ", ".join(map(str, outliers))
-                why = f"channels {channels} in float: error falls by {10 * np.log10(before / after):.1f} dB"
+                why = f"channels {channels} in float: error falls by {10 * np.log10(fall):.1f} dB"
                 notes += [Note(linear.name, "split", why) for linear in group]
         return PassResult(bool(notes), tuple(notes))
 
-    def _noise(self, site: Reader, ctx: Context) -> float:
-        """Squared error of the site's outputs on held-out rows."""
-        assert ctx.scheme.activation is not None
-        choice = search_site(
-            [site],
-            ctx.scheme.activation,
-            ctx.scheme.weight,
-            channels=len(site.weight),
-            alphas=(_ALPHA,),
-            reduce_range=ctx.capability.reduce_range,
-        )
-        return choice.error * float(np.square(site.rows @ site.weight, dtype=np.float64).sum())
+
+def _fall(site: Reader, rest: Reader, alphas: Sequence[float], ctx: Context) -> float:
+    """The factor by which the squared error of the site's outputs falls without its outlier channels."""
+    before, after = (_noise(each, alphas, ctx) for each in (site, rest))
+    return before / after if after > 0 else 1.0
+
+
+def _noise(site: Reader, alphas: Sequence[float], ctx: Context) -> float:
+    """Squared error of the site's outputs on held-out rows, with the best smoothing scale of ``alphas`` or none."""
+    assert ctx.scheme.activation is not None
+    choice = search_site(
+        [site],
+        ctx.scheme.activation,
+        ctx.scheme.weight,
+        channels=len(site.weight),
+        alphas=alphas,
+        reduce_range=ctx.capability.reduce_range,
+    )
+    return choice.error * float(np.square(site.rows @ site.weight, dtype=np.float64).sum())
 
 
 def _loudest(site: Reader, count: int) -> npt.NDArray[np.int64]:
