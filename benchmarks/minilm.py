@@ -45,7 +45,9 @@ def torch_reference(batches: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
     """The last hidden state of the float model, by torch."""
     import torch
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModel.from_pretrained(FOLDER).eval()
     with torch.no_grad():
         return [
