@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import models
+
+# The same examples in every run: what fails, fails again. --hypothesis-profile=hunt looks for new ones.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("hunt", max_examples=1000, database=None, deadline=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -132,14 +132,12 @@ def test_memory_is_bounded_and_does_not_grow_with_the_data(minilm: Path, fp32: P
 @pytest.fixture(scope="module")
 def wikitext(smollm2: Path) -> Measure:
     """Compile SmolLM2 by a scheme and compare it with the float model on 16 x 512 tokens."""
-    calibration, test = models.data("wikitext2/valid.txt"), models.data("wikitext2/test.txt")
     source = open_source(smollm2)
-    windows = open_data(test, source, limit=16, seq_len=512, batch_size=1)
+    calibration = list(open_data(models.data("wikitext2/valid.txt"), source, limit=32, seq_len=512))
+    windows = open_data(models.data("wikitext2/test.txt"), source, limit=16, seq_len=512)
 
     def measure(scheme: str) -> tuple[qcompiler.CompiledModel, Metrics]:
-        compiled = qcompiler.compile(
-            smollm2, scheme=scheme, calibration=calibration, limit=32, seq_len=512, batch_size=1, progress=False
-        )
+        compiled = qcompiler.compile(source.model, scheme=scheme, calibration=calibration, progress=False)
         return compiled, evaluate(compiled, source.model, windows)
 
     return measure
