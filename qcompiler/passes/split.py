@@ -29,8 +29,10 @@ _ALPHA = 0.8  # a middling scale, for a first look
 
 @dataclasses.dataclass(frozen=True)
 class Split(Pass):
-    """Keep a few outlier channels in float where that lowers the site's error. Output heads are left alone: one more
-    addition over a vocabulary costs too much.
+    """Keep a few outlier channels in float where that lowers the site's error.
+
+    Output heads are left alone (one more addition over a vocabulary costs too much), and so are weights that several
+    Linears share (each would get a copy of its own).
 
     Attributes:
         channels: how many channels of one input are kept in float.
@@ -55,7 +57,8 @@ class Split(Pass):
             return PassResult(False)
         heads = output_heads(model)
         for group in by_input(quantized(model, ctx.scheme)):
-            if group[0].in_features < 16 * self.channels or any(linear.name in heads for linear in group):
+            shared = any(len(linear.weight.uses()) > 1 for linear in group)
+            if group[0].in_features < 16 * self.channels or shared or any(linear.name in heads for linear in group):
                 continue
             site = reader(group, stats[sample_request(group[0], self.rows)], None, ctx.seed)
             outliers = _loudest(site, self.channels)

@@ -116,6 +116,14 @@ def test_an_output_head_is_left_alone() -> None:
     assert not apply(TWO, tiny(text, {"w1": weight}), context(), tokens(1)).changed
 
 
+def test_shared_weights_are_left_shared() -> None:
+    text = f"""g (float[B,S,{WIDTH}] x) => (float[B,S,{WIDTH}] y) {{
+        y1 = MatMul(x, w1)  y2 = MatMul(y1, w1)  y = Mul(y2, y2)
+    }}"""
+    weight = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    assert not apply(TWO, tiny(text, {"w1": weight}), context(), tokens(1)).changed
+
+
 def test_an_input_of_few_channels_is_left_alone() -> None:
     assert not apply(Split(channels=8), model_of(), context(), tokens(1)).changed
 
