@@ -10,6 +10,7 @@ from fetch_models import fetch_minilm, models_folder
 from rich.console import Console
 
 import qcompiler
+from qcompiler.report.render import key_values, summary
 
 
 def sentences() -> list[str]:
@@ -30,7 +31,7 @@ def main() -> None:
         compiled = qcompiler.load(Path(scratch) / "minilm-w8a8")
         accuracy = qcompiler.evaluate(compiled, folder, held_back)
         speed = qcompiler.bench(compiled, folder)
-    console.print(compiled.report)
+    console.print(key_values(summary(compiled.report)))
     console.print(f"On {len(held_back)} held-back sentences:\n{accuracy}")
     console.print(f"Latency:\n{speed}")
 
