@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -219,6 +220,18 @@ def build_from_spelling(kind: str, cls: Any, name: str, options: Mapping[str, st
         except (KeyError, ValueError):
             raise OptionError(f"option {key}={text} of {kind} {name!r} is not of type {annotation}") from None
     return cls(**values)
+
+
+def build_from_table(kind: str, table: Mapping[str, str], name: str, options: Mapping[str, str]) -> Any:
+    """Make what ``table`` lists under ``name`` as "module:class"; the module is loaded now, and not before.
+
+    Raises:
+        OptionError: the table has no such name, or the class no such option; the nearest names are told.
+    """
+    if name not in table:
+        raise unknown(kind, name, table)
+    module, cls = table[name].split(":")
+    return build_from_spelling(kind, getattr(importlib.import_module(module), cls), name, options)
 
 
 def spell(name: str, item: Any) -> str:

@@ -62,7 +62,7 @@ def compile(
         scheme: a preset's name (``qcompiler.scheme.PRESETS``) or a Scheme.
         target: "ort-cpu", "onnx" or "onnx{form=qoperator}".
         calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
-            of sentences, or a folder of images. Dynamic schemes run without it (and then without ``smooth``).
+            of sentences, or a folder of images. Dynamic schemes run without it (and without ``split`` and ``smooth``).
         output: a folder to save to; it must not exist, unless ``force``.
         passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
         ignore: globs over Linear names that stay in float.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from qcompiler.core import build_from_spelling, parse_spelling, unknown
+from qcompiler.core import build_from_table, parse_spelling
 from qcompiler.passes.base import Pass
 
 PASSES = {
@@ -37,8 +35,5 @@ def make_pass(name: str, options: dict[str, str]) -> Pass:
     Raises:
         OptionError: an unknown pass or option, with the nearest names.
     """
-    if name not in PASSES:
-        raise unknown("pass", name, PASSES)
-    module, cls = PASSES[name].split(":")
-    built: Pass = build_from_spelling("pass", getattr(importlib.import_module(module), cls), name, options)
+    built: Pass = build_from_table("pass", PASSES, name, options)
     return built

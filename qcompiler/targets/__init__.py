@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from qcompiler.core import OptionError, build_from_spelling, parse_spelling, unknown
+from qcompiler.core import OptionError, build_from_table, parse_spelling
 from qcompiler.targets.base import Target
 
 TARGETS = {
@@ -23,8 +21,5 @@ def make_target(text: str) -> Target:
     if len(items) != 1:
         raise OptionError(f"one target is wanted, not {text!r}.")
     name, options = items[0]
-    if name not in TARGETS:
-        raise unknown("target", name, TARGETS)
-    module, cls = TARGETS[name].split(":")
-    target: Target = build_from_spelling("target", getattr(importlib.import_module(module), cls), name, options)
+    target: Target = build_from_table("target", TARGETS, name, options)
     return target

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 from qcompiler.calibration.observers.base import Observer
-from qcompiler.core import OptionError, build_from_spelling, parse_spelling, unknown
+from qcompiler.core import OptionError, build_from_table, parse_spelling
 
 __all__ = ["OBSERVERS", "Observer", "make_observer"]
 
@@ -39,10 +37,7 @@ def make_observer(spelling: str, axis: int | None = None, seed: int = 0) -> Obse
     if len(items) != 1:
         raise OptionError(f"{spelling!r} must name one observer, such as minmax or percentile{{percent=99.9}}.")
     name, options = items[0]
-    if name not in OBSERVERS:
-        raise unknown("observer", name, OBSERVERS)
-    module, cls = OBSERVERS[name].split(":")
-    observer: Observer = build_from_spelling("observer", getattr(importlib.import_module(module), cls), name, options)
+    observer: Observer = build_from_table("observer", OBSERVERS, name, options)
     if axis not in observer.axes:
         raise OptionError(f"observer {name!r} knows axis {' or '.join(map(str, observer.axes))}, not {axis}.")
     observer.axis = axis
