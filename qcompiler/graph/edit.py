@@ -136,6 +136,11 @@ def sole_user(value: ir.Value | None) -> ir.Node | None:
     return next(iter(uses))[0] if len(uses) == 1 else None
 
 
+def first_of(graph: ir.Graph, nodes: Container[ir.Node]) -> ir.Node:
+    """The first of these nodes in graph order: what is inserted before it stands before them all."""
+    return next(node for node in graph if node in nodes)
+
+
 def users(value: ir.Value) -> list[ir.Node]:
     """The nodes that read this value, each once, in no promised order."""
     return list(dict.fromkeys(node for node, _ in value.uses()))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import DOMAIN, StatRequest
-from qcompiler.graph.edit import add_initializer, array_of, insert_node
+from qcompiler.graph.edit import add_initializer, array_of, first_of, insert_node
 from qcompiler.graph.functions import ensure_function
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.affine import quantize_weight, scale_zero_point
@@ -87,9 +87,8 @@ def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, sta
 def _first_reader(linear: Linear) -> ir.Node:
     """The first node in graph order that reads x, so that the shared fake-quant stands before all its readers."""
     graph = linear.matmul.graph
-    readers = {node for node, _ in linear.x.uses()}
     assert isinstance(graph, ir.Graph)
-    return next(node for node in graph if node in readers)
+    return first_of(graph, {node for node, _ in linear.x.uses()})
 
 
 def _fake_quant(

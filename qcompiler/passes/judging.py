@@ -64,7 +64,17 @@ def by_input(group: Sequence[Linear]) -> list[list[Linear]]:
 
 def sample_request(linear: Linear, rows: int) -> StatRequest:
     """The statistic of a Linear's input that :func:`reader` reads."""
-    return StatRequest(linear.x.name or "", f"folds{{count={rows}}}", -1)
+    return rows_request(linear.x, rows)
+
+
+def rows_request(value: ir.Value, rows: int) -> StatRequest:
+    """A row sample of a value, dealt to folds."""
+    return StatRequest(value.name or "", f"folds{{count={rows}}}", -1)
+
+
+def sampled_outputs(weight: npt.NDArray[np.float32], count: int, seed: int) -> npt.NDArray[np.float32]:
+    """``count`` of the weight's output features [in, out], drawn by the seed, in their order."""
+    return weight[:, np.sort(np.random.default_rng(seed).choice(weight.shape[1], count, replace=False))]
 
 
 def reader(group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.int32] | None, seed: int) -> Reader:
@@ -76,7 +86,7 @@ def reader(group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.
     """
     weight = np.concatenate([array for linear in group if (array := array_of(linear.weight)) is not None], axis=1)
     if weight.shape[1] > 2 * _OUTPUTS:
-        weight = weight[:, np.sort(np.random.default_rng(seed).choice(weight.shape[1], _OUTPUTS, replace=False))]
+        weight = sampled_outputs(weight, _OUTPUTS, seed)
     if columns is None:
         columns = np.arange(len(weight), dtype=np.int32)
     return Reader(sample.rows, sample.fold, sample.low, sample.high, weight, columns)

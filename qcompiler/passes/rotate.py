@@ -20,8 +20,8 @@ from qcompiler.graph.rotation import rotate_stream
 from qcompiler.graph.transaction import FoldError
 from qcompiler.numerics.hadamard import make_rotation
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
-from qcompiler.passes.judging import quantized
-from qcompiler.passes.rotation_gate import Gate, Verdict, rows_request
+from qcompiler.passes.judging import quantized, rows_request
+from qcompiler.passes.rotation_gate import Gate, Verdict
 
 
 @dataclasses.dataclass(frozen=True)

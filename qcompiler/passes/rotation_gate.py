@@ -14,7 +14,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.observers.folds import FoldSample
-from qcompiler.core import StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.head_rotation import HeadSite, rotate_columns
 from qcompiler.graph.linear import linear_named
@@ -23,7 +22,7 @@ from qcompiler.graph.stream_ends import norm_parts
 from qcompiler.numerics.hadamard import Rotation
 from qcompiler.numerics.site_search import ALPHAS, Reader, search_site
 from qcompiler.passes.base import Context, Stats
-from qcompiler.passes.judging import holds, quantized
+from qcompiler.passes.judging import holds, quantized, rows_request, sampled_outputs
 from qcompiler.scheme import TensorSpec
 
 _OUTPUTS = 512  # output features that a site is judged on at most
@@ -44,11 +43,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"summed error {self.before:.2e} -> {self.after:.2e}"
-
-
-def rows_request(value: ir.Value, rows: int) -> StatRequest:
-    """The sample of a value that the gate judges on."""
-    return StatRequest(value.name or "", f"folds{{count={rows}}}", -1)
 
 
 class Gate:
@@ -138,11 +132,7 @@ class Gate:
         return sample
 
     def _columns(self, weight: Array) -> Array:
-        if weight.shape[1] <= _OUTPUTS:
-            return weight
-        return weight[
-            :, np.sort(np.random.default_rng(self._ctx.seed).choice(weight.shape[1], _OUTPUTS, replace=False))
-        ]
+        return weight if weight.shape[1] <= _OUTPUTS else sampled_outputs(weight, _OUTPUTS, self._ctx.seed)
 
 
 def _low(rows: Array) -> Array:

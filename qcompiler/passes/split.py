@@ -17,7 +17,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import Note, StatRequest
-from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value, unique_name, write_input
+from qcompiler.graph.edit import (
+    add_initializer,
+    array_of,
+    first_of,
+    insert_node,
+    replace_value,
+    unique_name,
+    write_input,
+)
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear
 from qcompiler.numerics.site_search import ALPHAS, Reader, search_site
@@ -115,8 +123,7 @@ def _without(site: Reader, outliers: npt.NDArray[np.int64]) -> Reader:
 
 def _split(graph: ir.Graph, group: Sequence[Linear], outliers: npt.NDArray[np.int64]) -> None:
     x, name = group[0].x, group[0].x.name or ""
-    readers = {linear.matmul for linear in group}
-    first = next(node for node in graph if node in readers)
+    first = first_of(graph, {linear.matmul for linear in group})
     mask = np.ones(group[0].in_features, np.float32)
     mask[outliers] = 0
     masked = insert_node(
