@@ -18,10 +18,20 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from qcompiler.scheme import Scheme, TensorSpec
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = Path(os.environ.get("QCOMPILER_MODELS", Path.home() / ".cache" / "qcompiler" / "models"))
 
 Feeds = dict[str, np.ndarray]
+
+RTN = Scheme(
+    "rtn",
+    weight=TensorSpec("int8", granularity="per_channel"),
+    activation=TensorSpec("uint8", symmetric=True, observer="minmax{margin=1}"),  # a margin that is not searched
+)
+"""What plain rounding to nearest does: static per-tensor absmax activations, output head included."""
+RTN_PASSES = "annotate,insert,fold"
 
 
 def stsb(split: str, column: int) -> list[str]:
