@@ -1,5 +1,6 @@
 """A graph-level compiler that turns float Transformers into int8 models that are faster and still right."""
 
+from qcompiler.analysis import analyze
 from qcompiler.core import QCompilerError
 from qcompiler.driver import compile
 from qcompiler.measure import bench, evaluate
@@ -13,6 +14,7 @@ __all__ = [
     "QCompilerError",
     "Scheme",
     "TensorSpec",
+    "analyze",
     "bench",
     "compile",
     "evaluate",

@@ -1,4 +1,4 @@
-"""The command line: compile, inspect, evaluate, bench."""
+"""The command line: compile, analyze, inspect, evaluate, bench."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +17,11 @@ from qcompiler.core import DataError, OptionError, QCompilerError
 from qcompiler.frontends import open_source
 from qcompiler.graph.rules import canonicalise
 from qcompiler.passes import PASSES
+from qcompiler.report.analysis import METRICS
+from qcompiler.report.analysis_tables import TOP
 from qcompiler.report.render import key_values, summary
 from qcompiler.report.render import to_rich as report_tables
+from qcompiler.runtime.artefact import refuse_file, write_text
 from qcompiler.runtime.load import is_compiled, load
 from qcompiler.runtime.synthetic import Shape
 from qcompiler.scheme import PRESETS
@@ -33,6 +37,8 @@ _EXAMPLES = """\
 examples:
   qcompiler inspect minilm/                      which Linears and norms there are, and what could be folded
   qcompiler compile minilm/ -o minilm-int8 --scheme w8a8 --calibration sentences.txt --limit 128
+  qcompiler analyze minilm/ --scheme w8a8 --calibration sentences.txt --html report.html
+                                                 which Linears the error comes from
   qcompiler inspect minilm-int8                  what was done to each Linear, why, and what it cost
   qcompiler evaluate minilm-int8 --reference minilm/ --data held-out.txt
   qcompiler bench minilm-int8 --reference minilm/
@@ -47,6 +53,15 @@ examples:
   qcompiler compile minilm/ -o out --calibration text.txt --ignore '*.layer.5.output.*'
   qcompiler compile minilm/ -o out --calibration text.txt --passes 'smooth{alpha=0.5},annotate,insert,fold'
   qcompiler compile model.onnx -o out --scheme w8a8-dynamic --target 'onnx{form=qoperator}'"""
+
+_ANALYZE = """\
+quantizes as compile does, lowers and saves nothing, and measures the output of each Linear against the float model's:
+alone (only this Linear is quantized) and accumulated (all are). Also the ranges and outlier channels of what the
+Linears read, before and after the transforms.
+examples:
+  qcompiler analyze minilm/ --calibration text.txt --limit 64 --html report.html
+  qcompiler analyze smollm2/ --scheme w8a8-dynamic --data wiki.txt --limit 8 --metric cosine --json out.json
+  qcompiler analyze model.onnx --calibration data.npz --passes annotate,insert,fold --top 20"""
 
 _EVALUATE = """\
 prints, for each output, SQNR in dB, cosine, for logits top-1 agreement and KL divergence; perplexity for causal LMs.
@@ -97,6 +112,43 @@ def _compile(options: argparse.Namespace) -> None:
     )
     pairs = [("saved to", str(options.output)), *summary(compiled.report)]
     _tell(options, {"output": str(options.output), "report": compiled.report.to_json()}, key_values(pairs))
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    from qcompiler.analysis import analyze
+    from qcompiler.report.analysis_tables import to_rich
+    from qcompiler.report.plots import require_matplotlib
+
+    if options.top < 1:
+        raise OptionError(f"top is {options.top}, but at least one Linear is to be shown.")
+    texts = {"html": options.html, "json": options.json if isinstance(options.json, str) else None}
+    files = {kind: Path(name) for kind, name in texts.items() if name is not None}
+    for path in files.values():
+        refuse_file(path, options.force)
+    if options.html is not None:
+        require_matplotlib()
+    found = analyze(
+        options.src,
+        scheme=options.scheme,
+        target=options.target,
+        calibration=options.calibration,
+        data=options.data,
+        passes=options.passes,
+        ignore=tuple(options.ignore),
+        metric=options.metric,
+        seed=options.seed,
+        limit=options.limit,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        trust_remote_code=options.trust_remote_code,
+        progress=not options.quiet,
+    )
+    for kind, path in files.items():
+        write_text(path, found.to_html(options.top) if kind == "html" else found.to_text(), options.force)
+    if options.json is True:
+        print(found.to_text(), end="")
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(to_rich(found, options.top))
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -174,10 +226,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qcompiler {metadata.version('qcompiler')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Any, text: str, epilog: str | None = None, json_file: bool = False
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
         sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        if json_file:
+            told = "write the result as JSON, here; without FILE, print it"
+            sub.add_argument("--json", metavar="FILE", nargs="?", const=True, default=False, help=told)
+        else:
+            sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument(
             "--trust-remote-code", action="store_true", help="let a Hugging Face folder run its own Python code"
         )
@@ -186,21 +244,22 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compile", _compile, "quantize a model and save it as a folder", _COMPILE)
     sub.add_argument("src", metavar="SRC", help=_SRC)
     sub.add_argument("-o", "--output", metavar="OUT", required=True, help="the folder to make; it must not exist")
-    sub.add_argument(
-        "--scheme", default="w8a8", help=f"what is quantized, and how: {', '.join(PRESETS)} (default w8a8)"
-    )
-    sub.add_argument("--target", default="ort-cpu", help=f"where it will run: {', '.join(TARGETS)} (default ort-cpu)")
-    sub.add_argument("--calibration", metavar="DATA", help=f"{_DATA}; static schemes need it")
-    sub.add_argument(
-        "--ignore", metavar="GLOB", action="append", default=[], help="Linears to leave in float (may be repeated)"
-    )
-    passes = ", ".join(name for name in PASSES if name != "normalise")
-    sub.add_argument("--passes", metavar="SPEC", help=f"the pipeline as name{{option=value}},...; there are {passes}")
+    _quantize_options(sub)
     _data_options(sub)
     sub.add_argument("--force", action="store_true", help="replace a compiled model at OUT")
     sub.add_argument("--dump", metavar="DIR", help="also save the model after each pass, here")
-    sub.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
-    sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+    sub = command(
+        "analyze", _analyze, "measure which Linears the error of a scheme comes from", _ANALYZE, json_file=True
+    )
+    sub.add_argument("src", metavar="SRC", help=_SRC)
+    _quantize_options(sub)
+    sub.add_argument("--data", metavar="DATA", help="what to measure on (default: the calibration data)")
+    _data_options(sub)
+    sub.add_argument("--metric", default="sqnr", help=f"what to rank by: {', '.join(METRICS)} (default sqnr)")
+    sub.add_argument("--top", metavar="N", type=int, default=TOP, help=f"Linears to show (default {TOP})")
+    sub.add_argument("--html", metavar="FILE", help="also write tables and plots as one page, here")
+    sub.add_argument("--force", action="store_true", help="replace the files that are written")
 
     sub = command("inspect", _inspect, "show what a source holds, or the report of a compiled folder")
     sub.add_argument("path", metavar="SRC|OUT", help=f"{_SRC}, or a folder that compile made")
@@ -232,6 +291,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=20, help="pairs of runs for each shape (default 20)")
     sub.add_argument("--seed", type=int, default=0, help="of the made-up inputs (default 0)")
     return parser
+
+
+def _quantize_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--scheme", default="w8a8", help=f"what is quantized, and how: {', '.join(PRESETS)} (default w8a8)"
+    )
+    sub.add_argument("--target", default="ort-cpu", help=f"where it will run: {', '.join(TARGETS)} (default ort-cpu)")
+    sub.add_argument("--calibration", metavar="DATA", help=f"{_DATA}; static schemes need it")
+    sub.add_argument(
+        "--ignore", metavar="GLOB", action="append", default=[], help="Linears to leave in float (may be repeated)"
+    )
+    passes = ", ".join(name for name in PASSES if name != "normalise")
+    sub.add_argument("--passes", metavar="SPEC", help=f"the pipeline as name{{option=value}},...; there are {passes}")
+    sub.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
+    sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _data_options(sub: argparse.ArgumentParser) -> None:

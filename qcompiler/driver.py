@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
@@ -83,13 +84,94 @@ def compile(
     chosen = resolve(scheme, tuple(ignore))
     backend = make_target(target)
     capability = backend.capability()
-    _check_target(chosen, capability)
+    check_target(chosen, capability)
     if output is not None:
         refuse_existing(Path(output), force)
-    spelled = passes if passes is not None else default_passes(chosen, calibration is not None)
-    pipeline = pass_table.parse_pipeline(spelled)
     stages = Stages(progress)
+    ready = run_passes(
+        model,
+        chosen,
+        capability,
+        stages,
+        calibration=calibration,
+        passes=passes,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        seed=seed,
+        limit=limit,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dump=dump,
+        trust_remote_code=trust_remote_code,
+    )
+    source, batches, work = ready.source, ready.batches, ready.work
+    canonical_quantized = work.model.clone()
+    with stages("lower"):
+        lowered = backend.lower(work.model)
+        coverage = integer_coverage(work.model, lowered, canonical_quantized)
+    with stages("report"):
+        report = build_report(
+            float_model=ready.float_model,
+            transformed_model=work.transformed,
+            quantized_model=canonical_quantized,
+            lowered_model=work.model,
+            notes=(*source.notes, *work.notes, *lowered.notes),
+            plans=tuple(work.plans),
+            coverage=coverage,
+            batches=batches,
+            seconds=stages.seconds,
+        )
+    compiled = CompiledModel(
+        model=work.model,
+        recipe=_recipe(source, chosen, ready.passes, target, backend.tables(), batches, seed),
+        report=report,
+        plans=tuple(work.plans),
+        tokenizer=source.tokenizer,
+    )
+    if output is not None:
+        compiled.save(output, force=force)
+    return compiled
 
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What :func:`run_passes` leaves.
+
+    Attributes:
+        source: the opened model.
+        batches: its calibration data, or None.
+        passes: what ran after ``normalise``.
+        float_model: the canonical float graph, before any of them.
+        work: the fake-quant graph (``work.model``), the float graph that it is compared with, notes and plans.
+    """
+
+    source: Source
+    batches: Batches | None
+    passes: Sequence[Pass]
+    float_model: ir.Model
+    work: Pipeline
+
+
+def run_passes(
+    model: Any,
+    scheme: Scheme,
+    capability: Capability,
+    stages: Stages,
+    *,
+    calibration: Any = None,
+    passes: str | None = None,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    seed: int = 0,
+    limit: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> Quantized:
+    """Open a model and its data and run the pipeline up to the fake-quant graph; arguments as of :func:`compile`."""
+    spelled = passes if passes is not None else default_passes(scheme, calibration is not None)
+    pipeline = pass_table.parse_pipeline(spelled)
     with stages("open"):
         source = open_source(
             model,
@@ -103,9 +185,9 @@ def compile(
     work = Pipeline(
         source.model,
         batches,
-        Context(chosen, capability, seed),
+        Context(scheme, capability, seed),
         stages=stages,
-        progress=progress,
+        progress=stages.progress,
         dump=Path(dump) if dump is not None else None,
     )
     work.apply(pass_table.make_pass("normalise", {}))
@@ -113,36 +195,11 @@ def compile(
         raise ModelError(
             f"{source.name} has no Linear (MatMul or Gemm with a constant 2-D weight): nothing to quantize."
         )
-    _check_ignore(work.model, chosen)
+    _check_ignore(work.model, scheme)
     canonical_float = work.model.clone()
     for item in pipeline:
         work.apply(item)
-    canonical_quantized = work.model.clone()
-    with stages("lower"):
-        lowered = backend.lower(work.model)
-        coverage = integer_coverage(work.model, lowered, canonical_quantized)
-    with stages("report"):
-        report = build_report(
-            float_model=canonical_float,
-            transformed_model=work.transformed,
-            quantized_model=canonical_quantized,
-            lowered_model=work.model,
-            notes=(*source.notes, *work.notes, *lowered.notes),
-            plans=tuple(work.plans),
-            coverage=coverage,
-            batches=batches,
-            seconds=stages.seconds,
-        )
-    compiled = CompiledModel(
-        model=work.model,
-        recipe=_recipe(source, chosen, pipeline, target, backend.tables(), batches, seed),
-        report=report,
-        plans=tuple(work.plans),
-        tokenizer=source.tokenizer,
-    )
-    if output is not None:
-        compiled.save(output, force=force)
-    return compiled
+    return Quantized(source, batches, pipeline, canonical_float, work)
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
@@ -151,7 +208,7 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
     return f"split,smooth,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 
-def _check_target(scheme: Scheme, capability: Capability) -> None:
+def check_target(scheme: Scheme, capability: Capability) -> None:
     """Refuse a scheme that no kernel of the target runs."""
     for spec in (scheme.activation, scheme.fallback):
         if spec is not None and not capability.runs(scheme.weight, spec):

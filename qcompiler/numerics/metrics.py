@@ -60,6 +60,53 @@ class CosineMeter:
 
 
 @dataclasses.dataclass
+class RowSumsMeter:
+    """MSE, SQNR and cosine of pairs [rows, channels], from three sums of each row: the pairs themselves are not needed.
+
+    The sums are Σ ref², Σ err² and Σ ref · err over the channels, with err = got - ref. The cosine comes from its
+    sine, sin² = (Σ err² - (Σ ref · err)² / Σ ref²) / Σ got²: the straightforward quotient of float32 sums would lose
+    a cosine near 1 in their rounding.
+    """
+
+    channels: int
+    signal: float = 0.0
+    noise: float = 0.0
+    cosines: float = 0.0
+    rows: int = 0
+
+    def update(self, signal: Array, noise: Array, product: Array | None = None) -> None:
+        """Add the sums [rows] of a batch of rows; without ``product`` the cosine stays unknown (NaN)."""
+        s, n = np.asarray(signal, np.float64), np.asarray(noise, np.float64)
+        self.signal += float(s.sum())
+        self.noise += float(n.sum())
+        self.rows += s.size
+        if product is None:
+            self.cosines = math.nan
+            return
+        p = np.asarray(product, np.float64)
+        got = np.maximum(s + 2 * p + n, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            sine2 = np.clip((n - p * p / s) / got, 0, 1)
+            cosines = np.where((s > 0) & (got > 0), np.copysign(np.sqrt(1 - sine2), s + p), (s == got) * 1.0)
+        self.cosines += float(cosines.sum())
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error over all numbers; NaN where nothing was seen."""
+        return self.noise / (self.rows * self.channels) if self.rows else math.nan
+
+    @property
+    def db(self) -> float:
+        """As :class:`SqnrMeter`."""
+        return SqnrMeter(self.signal, self.noise).db
+
+    @property
+    def cosine(self) -> float:
+        """Mean cosine of rows, as :class:`CosineMeter`; NaN where unknown."""
+        return self.cosines / self.rows if self.rows else math.nan
+
+
+@dataclasses.dataclass
 class LogitsMeter:
     """Agreement of two sets of logits, averaged over rows (tokens).
 

@@ -69,7 +69,9 @@ def build(
         errors, seen = layer_errors(transformed_model or float_model, quantized_model, batches, samples, threads)
         outputs = output_errors(float_model, lowered_model, batches, samples, threads)
     kernels = coverage.kernels if coverage is not None else {}
-    rows = tuple(_row(linear, errors.get(linear.name), kernels, notes, plans) for linear in linears(quantized_model))
+    rows = tuple(
+        linear_row(linear, errors.get(linear.name), kernels, notes, plans) for linear in linears(quantized_model)
+    )
     return Report(
         rows=rows,
         size_before=initializer_bytes(float_model),
@@ -95,13 +97,14 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _row(
+def linear_row(
     linear: Linear,
     error: LayerError | None,
     kernels: Mapping[str, str],
     notes: Sequence[Note],
     plans: Sequence[FoldPlan],
 ) -> LinearRow:
+    """What the fake-quant graph and the decisions say of one Linear."""
     quantized = linear.weight_quant is not None
     return LinearRow(
         name=linear.name,
@@ -110,7 +113,7 @@ def _row(
         weight=_weight_spec(linear) if quantized else "float",
         activation=_activation_spec(linear),
         kernel=kernels.get(linear.name, "MatMul" if not quantized else ""),
-        transform=_transform(linear, notes, plans),
+        transform=transform_of(linear, notes, plans),
         sqnr_db=error.accumulated if error is not None else None,
         alone_db=error.alone if error is not None else None,
         reason="" if quantized else _reason(linear, notes),
@@ -149,16 +152,22 @@ def _activation_spec(linear: Linear) -> str:
     return f"{dtype} per_tensor static"
 
 
-def _transform(linear: Linear, notes: Sequence[Note], plans: Sequence[FoldPlan]) -> str:
+def transform_of(linear: Linear, notes: Sequence[Note], plans: Sequence[FoldPlan]) -> str:
     """The plans that scaled this Linear's weight, each with why; why its input got another spec than the scheme's."""
+    parts = folds_of(linear.name, plans)
+    parts += [f"{n.what}: {n.why}" for n in notes if n.node == linear.name and n.what.startswith("activation ")]
+    return "; ".join(parts)
+
+
+def folds_of(name: str, plans: Sequence[FoldPlan]) -> list[str]:
+    """What transforms did to the weight of the Linear of that name, each with why."""
     parts = []
     for plan in plans:
-        if linear.name in plan.sinks:
+        if name in plan.sinks:
             what = " and ".join(word for word, v in (("scale", plan.scale), ("shift", plan.shift)) if v is not None)
             did = f"{plan.kind} {what}" if what else plan.kind
             parts.append(f"{did} at {plan.source}{': ' if plan.why else ''}{plan.why}")
-    parts += [f"{n.what}: {n.why}" for n in notes if n.node == linear.name and n.what.startswith("activation ")]
-    return "; ".join(parts)
+    return parts
 
 
 def _reason(linear: Linear, notes: Sequence[Note]) -> str:

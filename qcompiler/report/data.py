@@ -82,7 +82,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; numbers that JSON cannot write (an error of exactly 0 is inf dB) become strings."""
-        data: dict[str, Any] = _plain({"version": VERSION, **dataclasses.asdict(self)})
+        data: dict[str, Any] = plain({"version": VERSION, **dataclasses.asdict(self)})
         return data
 
     def to_text(self) -> str:
@@ -115,18 +115,19 @@ class Report:
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """JSON-ready data: tuples become lists, and numbers that JSON cannot write the strings "inf", "-inf" and "nan"."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
 def _numbers(value: Any) -> Any:
-    """Undo :func:`_plain` in a dict of numbers by name; text fields never read "inf" or "nan"."""
+    """Undo :func:`plain` in a dict of numbers by name; text fields never read "inf" or "nan"."""
     if isinstance(value, Mapping):
         return {key: _WORDS.get(item, item) if isinstance(item, str) else item for key, item in value.items()}
     return value

@@ -67,6 +67,39 @@ def replacing(folder: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_file(path: Path, force: bool) -> None:
+    """Say no to a file that could not be written, before any work is done.
+
+    Raises:
+        ArtefactError: it exists and ``force`` is not given, it is no plain file, or its folder is missing or read-only.
+    """
+    if path.is_dir():
+        raise ArtefactError(f"{path} is a folder: a file's name is wanted.")
+    if os.path.lexists(path) and not force:
+        raise ArtefactError(f"{path} exists: choose another file, or replace it with --force.")
+    if not path.parent.is_dir():
+        raise ArtefactError(f"cannot write {path}: there is no folder {path.parent}.")
+    if not os.access(path.parent, os.W_OK):
+        raise ArtefactError(f"cannot write {path}: the folder {path.parent} is read-only.")
+
+
+def write_text(path: Path, text: str, force: bool) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ArtefactError: as :func:`refuse_file`, or the disk refuses.
+    """
+    refuse_file(path, force)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {path}: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files that the recipe records."""
     return {name: (folder / name).stat().st_size for name in SIZED if (folder / name).is_file()}

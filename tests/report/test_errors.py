@@ -6,7 +6,8 @@ import pytest
 from qcompiler.graph.edit import write_input
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.graph.run import Runner
-from qcompiler.report.errors import _side_by_side, layer_errors, output_errors, sliced, unmasked
+from qcompiler.report.errors import layer_errors, output_errors, sliced, unmasked
+from qcompiler.report.side_by_side import row_sums, side_by_side
 from tests.graphs_int8 import feeds, float_mlp, quantized_mlp
 
 
@@ -61,10 +62,11 @@ def test_padding_rows_do_not_count() -> None:
 
 
 def test_each_pair_is_compared_before_the_next_layer_runs() -> None:
-    merged, _ = _side_by_side(float_mlp(), quantized_mlp())
+    merged, pairs = side_by_side(float_mlp(), quantized_mlp())
+    row_sums(merged, pairs)
     names = [node.name for node in merged.graph]
     assert names.index("noise:0") < names.index("fc2")
-    assert names.index("alone:0") < names.index("quantized:fc2")
+    assert names.index("alone_error:0") < names.index("quantized:fc2")
 
 
 def test_graphs_are_left_as_they_were() -> None:
