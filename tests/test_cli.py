@@ -69,6 +69,34 @@ def test_compile_inspect_evaluate_bench(
     assert timed["threads"] == 1
 
 
+def test_analyze_writes_a_page_and_json_and_prints_a_table(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, file = tmp_path / "report.html", tmp_path / "report.json"
+    command = ["analyze", model, "--calibration", data, "--quiet", "--html", page, "--json", file]
+    assert _run(*command) == 0
+    captured = capsys.readouterr()
+    assert "worst Linears by SQNR in dB, alone" in captured.out
+    assert "2 of 2 Linears" in captured.out
+    assert captured.err == ""
+    found = json.loads(file.read_text())
+    assert found["version"] == 1
+    assert [layer["weight_bits"] for layer in found["layers"]] == [8, 8]
+    assert page.read_text().count("<svg") == 3
+
+    assert _run(*command) == 2
+    assert "--force" in capsys.readouterr().err
+    before = page.read_bytes(), file.read_bytes()
+    assert _run(*command, "--force") == 0
+    assert (page.read_bytes(), file.read_bytes()) == before  # the same input, the same bytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.npz", "mlp.onnx", "report.html", "report.json"]
+
+    told = _json(capsys, "analyze", model, "--data", data, "--scheme", "w8a8-dynamic", "--metric", "mse", "--quiet")
+    assert told["metric"] == "mse"
+    assert [layer["activation"] for layer in told["layers"]] == ["uint8 per_token dynamic"] * 2
+    assert told["samples"] == 16
+
+
 def test_tables_for_people(model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for words, arguments in (
@@ -124,6 +152,7 @@ def test_progress_goes_to_stderr(model: Path, data: Path, tmp_path: Path, capsys
 def test_help_says_what_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     for command, words in (
         ("compile", ["w8a8-dynamic", "ort-cpu", "smooth", "--force", "examples:"]),
+        ("analyze", ["--metric", "cosine", "--html", "alone", "examples:"]),
         ("inspect", ["SRC|OUT"]),
         ("evaluate", ["--reference", "perplexity", "examples:"]),
         ("bench", ["--shape", "--threads", "8x128"]),
@@ -172,6 +201,16 @@ def _existing(model: Path, data: Path, tmp_path: Path) -> list[object]:
     return ["compile", model, "-o", tmp_path / "o", "--calibration", data]
 
 
+def _analyze(*more: object):  # type: ignore[no-untyped-def]
+    return lambda model, data, tmp_path: [
+        "analyze",
+        model,
+        "--calibration",
+        data,
+        *(tmp_path / m if isinstance(m, Path) else m for m in more),
+    ]
+
+
 _NAN = {**feeds(), "x": np.full((2, 5, K), np.nan, np.float32)}
 _BAD = {
     "not onnx": (_text, "text.onnx"),
@@ -192,6 +231,13 @@ _BAD = {
     "limit": (_options("--limit", "0"), "limit is 0"),
     "existing": (_existing, "--force"),
     "no calibration": (lambda m, d, t: ["compile", m, "-o", t / "o"], "calibration"),
+    "metric": (_analyze("--metric", "sqnrr"), "did you mean 'sqnr'"),
+    "top": (_analyze("--top", "0"), "top is 0"),
+    "nothing to measure on": (lambda m, d, t: ["analyze", m, "--scheme", "w8a8-dynamic"], "--data"),
+    "no folder for the page": (_analyze("--html", Path("nowhere/report.html")), "there is no folder"),
+    "a folder for a page": (_analyze("--html", Path(".")), "is a folder"),
+    "existing page": (_analyze("--html", Path("data.npz")), "--force"),
+    "existing json": (_analyze("--json", Path("data.npz")), "--force"),
     "not compiled": (lambda m, d, t: ["evaluate", t, "--reference", m, "--data", d], "recipe.json"),
 }
 
@@ -203,7 +249,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     make, words = _BAD[case]
     arguments = make(model, data, tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    quiet = ["--quiet"] if arguments[0] == "compile" else []
+    quiet = ["--quiet"] if arguments[0] in ("compile", "analyze") else []
     assert _run(*arguments, *quiet) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

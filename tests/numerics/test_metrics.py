@@ -6,11 +6,14 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcompiler.numerics.metrics import (
     CosineMeter,
     LogitsMeter,
     PerplexityMeter,
+    RowSumsMeter,
     SqnrMeter,
     cosine,
     kl_divergence,
@@ -111,3 +114,43 @@ def test_nothing_seen_is_not_a_number() -> None:
     assert all(
         math.isnan(x) for x in (CosineMeter().mean, LogitsMeter().kl, LogitsMeter().top1, PerplexityMeter().value)
     )
+
+
+@given(data=st.data())
+def test_row_sums_stream_to_the_figures_of_whole_arrays(data: st.DataObject) -> None:
+    rows, channels = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 9))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    ref = rng.normal(0, data.draw(st.sampled_from([1e-3, 1.0, 1e3])), (rows, channels)).astype(np.float32)
+    got = ref + ref.std() * data.draw(st.sampled_from([0.0, 1e-4, 0.1, 3.0])) * rng.normal(size=ref.shape)
+    got = (got * data.draw(st.sampled_from([1, -1]))).astype(np.float32)
+    ref[rng.random(rows) < 0.2] = 0
+    got[rng.random(rows) < 0.2] = 0
+    err = got - ref
+    sums = [np.square(ref).sum(-1), np.square(err).sum(-1), (ref * err).sum(-1)]  # in float32, as the graph sums
+    meter = RowSumsMeter(channels)
+    cut = data.draw(st.integers(0, rows))
+    for part in (slice(0, cut), slice(cut, rows)):
+        meter.update(*(array[part] for array in sums))
+    assert meter.mse == pytest.approx(np.square(err, dtype=np.float64).mean(), rel=1e-5)
+    assert meter.db == pytest.approx(sqnr_db(ref, got), abs=1e-4)
+    assert meter.cosine == pytest.approx(cosine(ref, got), abs=2e-6)
+
+
+def test_row_sums_keep_a_cosine_near_one() -> None:
+    rng = np.random.default_rng(0)
+    ref = rng.normal(size=(50, 64)).astype(np.float32)
+    got = ref + np.float32(1e-4) * rng.normal(size=ref.shape).astype(np.float32)
+    err = got - ref
+    meter = RowSumsMeter(64)
+    meter.update(np.square(ref).sum(-1), np.square(err).sum(-1), (ref * err).sum(-1))
+    exact = 1 - cosine(ref.astype(np.float64), got.astype(np.float64))
+    assert 1e-9 < exact < 1e-8
+    assert 1 - meter.cosine == pytest.approx(exact, rel=1e-3)
+
+
+def test_row_sums_without_products_know_no_cosine() -> None:
+    meter = RowSumsMeter(2)
+    assert math.isnan(meter.mse)
+    meter.update(np.ones(3), np.zeros(3))
+    assert (meter.mse, meter.db) == (0.0, math.inf)
+    assert math.isnan(meter.cosine)
