@@ -118,6 +118,8 @@ class Quantization(Protocol):
     def granularity(self) -> str: ...
     @property
     def dynamic(self) -> bool: ...
+    @property
+    def group_size(self) -> int | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +129,11 @@ class Kernel:
     Attributes:
         name: the operator's name, e.g. "MatMulIntegerToFloat".
         weight_dtype, weight_granularity: what it takes as weight ("int8", "per_channel").
-        activation_dtype, activation_granularity, dynamic: what it takes as input ("uint8", "per_tensor", False).
-        speed: against the target's float32 MatMul, on the machine of the cost table (higher is faster).
+        activation_dtype, activation_granularity, dynamic: what it takes as input ("uint8", "per_tensor", False); of a
+            weight-only kernel "float" and "".
+        speed: against the target's float32 MatMul, on the machine of the cost table (higher is faster); None: not in
+            the table, because there is nothing to choose from.
+        group_sizes: of the weights and activations that it takes in groups.
     """
 
     name: str
@@ -137,7 +142,8 @@ class Kernel:
     activation_dtype: str
     activation_granularity: str
     dynamic: bool
-    speed: float
+    speed: float | None
+    group_sizes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +160,16 @@ class Capability:
     kernels: tuple[Kernel, ...]
     reduce_range: bool = False
 
-    def runs(self, weight: Quantization, activation: Quantization) -> bool:
-        """Whether any kernel takes a weight and an input quantized so."""
+    def runs(self, weight: Quantization, activation: Quantization | None) -> bool:
+        """Whether any kernel takes a weight and an input quantized so; activation None: an input in float."""
+        read = ("float", "", False)
+        if activation is not None:
+            read = (activation.dtype, activation.granularity, activation.dynamic)
+        sizes = {spec.group_size for spec in (weight, activation) if spec is not None} - {None}
         return any(
             (k.weight_dtype, k.weight_granularity) == (weight.dtype, weight.granularity)
-            and (k.activation_dtype, k.activation_granularity, k.dynamic)
-            == (activation.dtype, activation.granularity, activation.dynamic)
+            and (k.activation_dtype, k.activation_granularity, k.dynamic) == read
+            and sizes <= set(k.group_sizes)
             for k in self.kernels
         )
 

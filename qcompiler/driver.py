@@ -210,12 +210,12 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
 
 def check_target(scheme: Scheme, capability: Capability) -> None:
     """Refuse a scheme that no kernel of the target runs."""
-    for spec in (scheme.activation, scheme.fallback):
-        if spec is not None and not capability.runs(scheme.weight, spec):
-            offered = ", ".join(kernel.name for kernel in capability.kernels)
+    for spec in (scheme.activation, *([scheme.fallback] if scheme.fallback is not None else [])):
+        if not capability.runs(scheme.weight, spec):
+            offered = ", ".join(dict.fromkeys(kernel.name for kernel in capability.kernels))
             raise TargetError(
                 f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) "
-                f"takes weight {scheme.weight} with activation {spec}."
+                f"takes weight {scheme.weight} with activation {spec or 'float'}."
             )
 
 

@@ -7,10 +7,17 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
-from qcompiler.core import OptionError, unknown
+from qcompiler.core import OptionError, build_from_spelling, parse_spelling, unknown
 
 VERSION = 1
-DTYPES = {"int8": (-128, 127), "uint8": (0, 255)}
+DTYPES = {
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int4": (-8, 7),
+    "uint4": (0, 15),
+    "int2": (-2, 1),
+    "uint2": (0, 3),
+}
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 
 
@@ -19,8 +26,8 @@ class TensorSpec:
     """How one tensor is quantized.
 
     Attributes:
-        dtype: "int8" or "uint8".
-        symmetric: zero_point fixed (0 for int8, 128 for uint8) and the integer range narrow: [-127, 127] about it.
+        dtype: "int8", "uint8", or for weights also "int4", "uint4", "int2", "uint2".
+        symmetric: zero_point fixed (0 for int8, 128 for uint8) and, in 8 bits, the range narrow: [-127, 127] about it.
         granularity: per_tensor, per_channel (one scale an output channel), per_token (one scale a row of the
             activation), per_group (one scale for ``group_size`` input channels).
         group_size: input channels that share a scale (per_group only).
@@ -44,8 +51,15 @@ class TensorSpec:
             raise OptionError(
                 f"group_size={self.group_size} with granularity {self.granularity!r}: one needs the other."
             )
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size > 0):
+            raise OptionError(f"group_size={self.group_size!r} is no number of input channels: give 16, 32, 64 …")
         if self.granularity == "per_token" and not self.dynamic:
             raise OptionError("per_token scales are known at run time only: set dynamic=True.")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one number."""
+        return int(self.dtype.removeprefix("u").removeprefix("int"))
 
     def __str__(self) -> str:
         kind = "dynamic" if self.dynamic else "static"
@@ -72,6 +86,14 @@ class Scheme:
     fallback: TensorSpec | None = None
     head: bool = True
     ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        act, size = self.activation, self.weight.group_size
+        if act is not None and act.group_size is not None and size is not None and size % act.group_size:
+            raise OptionError(
+                f"scheme {self.name!r} has groups of {act.group_size} in activations and of {size} in weights: "
+                "the kernel quantizes both in equal blocks, so the first must divide the second."
+            )
 
     def ignored_by(self, linear: str) -> str | None:
         """The first ignore glob that matches this Linear's name, or None."""
@@ -105,6 +127,13 @@ _STATIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor")
 _PER_TOKEN = TensorSpec("uint8", symmetric=True, granularity="per_token", dynamic=True)
 _PER_TENSOR_DYNAMIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor", dynamic=True)
 
+_INT8_GROUPS = TensorSpec("int8", granularity="per_group", group_size=32, dynamic=True)
+
+
+def _in_groups(dtype: str, group_size: int = 32) -> TensorSpec:
+    return TensorSpec(dtype, granularity="per_group", group_size=group_size)
+
+
 PRESETS: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -114,6 +143,11 @@ PRESETS: Mapping[str, Scheme] = {
         Scheme("w8a8-o1", _WEIGHT, _PER_TOKEN),
         Scheme("w8a8-o2", _WEIGHT, _PER_TENSOR_DYNAMIC),
         Scheme("w8a8-o3", _WEIGHT, _STATIC),
+        # Weights in groups (MatMulNBits): "a16" multiplies float activations, "a8" quantizes them in the same groups.
+        Scheme("w8a16", _in_groups("int8"), None),
+        Scheme("w4a16", _in_groups("int4"), None),
+        Scheme("w4a8", _in_groups("int4"), _INT8_GROUPS),
+        Scheme("w2a16", _in_groups("int2"), None),
     )
 }
 
@@ -121,11 +155,59 @@ PRESETS: Mapping[str, Scheme] = {
 def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = ()) -> Scheme:
     """The preset of that name, or the scheme as given; ``ignore`` globs are added to its own.
 
+    A preset may be varied: ``"w4a16{group_size=128,symmetric=false,head=false}"``; ``group_size=none`` stands for one
+    scale an output channel.
+
     Raises:
-        OptionError: no preset has that name.
+        OptionError: no preset has that name, or it has no such option.
     """
     if isinstance(scheme, str):
-        if scheme not in PRESETS:
-            raise unknown("scheme", scheme, PRESETS)
-        scheme = PRESETS[scheme]
+        scheme = _spelled(scheme)
     return dataclasses.replace(scheme, ignore=scheme.ignore + tuple(ignore))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Variation:
+    """What may be changed of a preset by its spelling."""
+
+    group_size: int | None
+    symmetric: bool
+    head: bool
+
+
+def _spelled(text: str) -> Scheme:
+    items = parse_spelling(text)
+    if len(items) != 1:
+        raise OptionError(f"one scheme is wanted, not {text!r}.")
+    name, options = items[0]
+    if name not in PRESETS:
+        raise unknown("scheme", name, PRESETS)
+    scheme = PRESETS[name]
+    if not options:
+        return scheme
+    weight = scheme.weight
+    if weight.granularity != "per_group" and set(options) - {"head"}:
+        raise OptionError(f"scheme {name!r} has no groups: its one option is head.")
+    now = {"group_size": str(weight.group_size).lower(), "symmetric": str(weight.symmetric), "head": str(scheme.head)}
+    new: _Variation = build_from_spelling("scheme", _Variation, name, {**now, **options})
+    if weight.granularity == "per_group":
+        scheme = dataclasses.replace(
+            scheme,
+            weight=_varied(weight, new),
+            activation=None if scheme.activation is None else _regrouped(scheme.activation, new.group_size),
+        )
+    return dataclasses.replace(scheme, name=text.replace(" ", ""), head=new.head)
+
+
+def _varied(weight: TensorSpec, new: _Variation) -> TensorSpec:
+    """The weight's spec in other groups; asymmetric integers are unsigned."""
+    dtype = weight.dtype if new.symmetric else f"u{weight.dtype.removeprefix('u')}"
+    granularity = "per_channel" if new.group_size is None else "per_group"
+    return dataclasses.replace(
+        weight, dtype=dtype, symmetric=new.symmetric, granularity=granularity, group_size=new.group_size
+    )
+
+
+def _regrouped(activation: TensorSpec, group_size: int | None) -> TensorSpec:
+    """Activations follow the weights' groups; where those have none, blocks of 128 are the fastest."""
+    return dataclasses.replace(activation, group_size=group_size or 128)

@@ -94,11 +94,15 @@ def test_the_model_that_came_in_is_not_changed() -> None:
 @pytest.mark.parametrize("target", ["ort-cpu", "onnx", "onnx{form=qoperator}"])
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_every_scheme_runs_on_every_target(scheme: str, target: str) -> None:
+    if scheme == "w4a8" and target != "ort-cpu":  # standard ONNX has no product of the two
+        with pytest.raises(TargetError, match=r"takes weight int4 .* with activation int8 per_group"):
+            compiled(scheme=scheme, target=target)
+        return
     model = compiled(scheme=scheme, target=target)
     reference = outputs_of(block(outliers=30))
     got = held_out(model)
     for name, exact in reference.items():
-        assert 1e-6 < error(exact, got[name]) < 1e-2
+        assert 1e-6 < error(exact, got[name]) < {8: 1e-2, 4: 0.05, 2: 2.0}[PRESETS[scheme].weight.bits]
     assert all(row.quantized for row in model.report.rows)
     assert [row.name for row in model.report.rows] == list(NAMES)
 

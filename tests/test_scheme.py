@@ -52,3 +52,40 @@ def test_json_of_another_version_or_with_unknown_fields_is_refused() -> None:
 def test_schemes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["w8a8"].head = False  # type: ignore[misc]
+
+
+def test_groups_and_zero_points_are_spelled() -> None:
+    assert resolve("w4a16").weight == TensorSpec("int4", granularity="per_group", group_size=32)
+    varied = resolve("w4a8{group_size=128, symmetric=false, head=false}")
+    assert varied.weight == TensorSpec("uint4", False, "per_group", 128)
+    assert varied.activation == TensorSpec("int8", granularity="per_group", group_size=128, dynamic=True)
+    assert not varied.head
+    assert varied.name == "w4a8{group_size=128,symmetric=false,head=false}"
+    assert Scheme.from_json(json.loads(json.dumps(varied.to_json()))) == varied
+    channels = resolve("w4a8{group_size=none}")
+    assert channels.weight.granularity == "per_channel"
+    assert channels.activation is not None
+    assert channels.activation.group_size == 128
+    assert not resolve("w8a8{head=false}").head
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w4a16{groups=32}", "did you mean 'group_size'"),
+        ("w4a16{group_size=many}", "not of type int"),
+        ("w4a16{group_size=0}", "no number of input channels"),
+        ("w8a8{group_size=32}", "has no groups"),
+        ("w4a16,w4a8", "one scheme is wanted"),
+    ],
+)
+def test_spellings_that_say_nothing_possible_are_refused(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        resolve(text)
+
+
+def test_activations_in_larger_groups_than_weights_are_refused() -> None:
+    weight = TensorSpec("int4", granularity="per_group", group_size=32)
+    activation = TensorSpec("int8", granularity="per_group", group_size=64, dynamic=True)
+    with pytest.raises(OptionError, match="must divide"):
+        Scheme("mine", weight, activation)

@@ -18,8 +18,17 @@ _INPUTS = {
     "FakeQuant": 3,
     "FakeQuantPerTensor": 1,
     "FakeQuantPerToken": 1,
+    "FakeQuantBlocks": 3,
+    "FakeQuantPerGroup": 1,
 }
-_ATTRIBUTES = {"RMSNorm": {"epsilon"}, "Attention": {"scale"}, "MaskedAttention": {"scale"}, "FakeQuant": {"axis"}}
+_ATTRIBUTES = {
+    "RMSNorm": {"epsilon"},
+    "Attention": {"scale"},
+    "MaskedAttention": {"scale"},
+    "FakeQuant": {"axis"},
+    "FakeQuantBlocks": {"block_size", "low", "high"},
+    "FakeQuantPerGroup": {"block_size"},
+}
 
 
 def check(model: ir.Model) -> None:

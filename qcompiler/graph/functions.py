@@ -14,8 +14,11 @@ Norms and attention (raised by ``normalise``):
 Fake-quant (placed by ``insert``), each x -> dequantize(quantize(x)):
 
 - ``FakeQuant(x, scale, zero_point) {axis}``: static; scale and zero_point are scalars or vectors along ``axis``.
+- ``FakeQuantBlocks(w, scale, zero_point) {block_size, low, high}``: static, of a weight [in, out]; scale and
+  zero_point [ceil(in / block_size), out], q clipped to [low, high].
 - ``FakeQuantPerTensor(x)``: dynamic asymmetric uint8, one scale a tensor (ONNX DynamicQuantizeLinear).
 - ``FakeQuantPerToken(x)``: dynamic symmetric, max|row| / 127 along the last axis.
+- ``FakeQuantPerGroup(x) {block_size}``: the same for each ``block_size`` channels; the last group may be short.
 """
 
 from __future__ import annotations
@@ -74,6 +77,28 @@ _BODIES = {
         q = QuantizeLinear<axis: int = @axis>(x, scale, zero_point)
         y = DequantizeLinear<axis: int = @axis>(q, scale, zero_point)
     }""",
+    "FakeQuantBlocks": """<block_size, low, high>(x, scale, zero_point) => (y) {
+        rows = Shape<end: int = 1>(x)
+        zero = Constant<value_int: int = 0>()
+        one = Constant<value_int: int = 1>()
+        end = Squeeze(rows)
+        row = Range(zero, end, one)
+        size = Constant<value_int: int = @block_size>()
+        block = Div(row, size)
+        scales = Gather<axis: int = 0>(scale, block)
+        zeros = CastLike(zero_point, x)
+        zero_points = Gather<axis: int = 0>(zeros, block)
+        bottom = Constant<value_float: float = @low>()
+        top = Constant<value_float: float = @high>()
+        grid = Div(x, scales)
+        nearest = Round(grid)
+        moved = Add(nearest, zero_points)
+        bottom_like = CastLike(bottom, x)
+        top_like = CastLike(top, x)
+        q = Clip(moved, bottom_like, top_like)
+        back = Sub(q, zero_points)
+        y = Mul(back, scales)
+    }""",
     "FakeQuantPerTensor": """(x) => (y) {
         q, scale, zero_point = DynamicQuantizeLinear(x)
         y = DequantizeLinear(q, scale, zero_point)
@@ -90,10 +115,40 @@ _BODIES = {
         q = Round(grid)
         y = Mul(q, scale)
     }""",
+    "FakeQuantPerGroup": """<block_size>(x) => (y) {
+        last = Constant<value_ints: ints = [-1]>()
+        start = Constant<value_ints: ints = [0]>()
+        number = Constant<value_int: int = @block_size>()
+        size = Unsqueeze(number, start)
+        lead = Shape<end: int = -1>(x)
+        channels = Shape<start: int = -1>(x)
+        over = Mod(channels, size)
+        short = Sub(size, over)
+        missing = Mod(short, size)
+        pads = Concat<axis: int = 0>(start, missing)
+        padded = Pad(x, pads, , last)
+        split = Concat<axis: int = 0>(lead, last, size)
+        groups = Reshape(padded, split)
+        magnitude = Abs(groups)
+        largest = ReduceMax<keepdims: int = 1>(magnitude, last)
+        tiny = Constant<value_float: float = 1e-30>()
+        steps = Constant<value_float: float = 127.0>()
+        tiny_like = CastLike(tiny, x)
+        steps_like = CastLike(steps, x)
+        positive = Max(largest, tiny_like)
+        scale = Div(positive, steps_like)
+        grid = Div(groups, scale)
+        q = Round(grid)
+        back = Mul(q, scale)
+        joined = Concat<axis: int = 0>(lead, last)
+        flat = Reshape(back, joined)
+        y = Slice(flat, start, channels, last)
+    }""",
 }
 
 NAMES = frozenset(_BODIES)
 FAKE_QUANT = frozenset(name for name in _BODIES if name.startswith("FakeQuant"))
+WEIGHT_QUANT = ("FakeQuant", "FakeQuantBlocks")
 
 
 def ensure_function(model: ir.Model, name: str) -> None:

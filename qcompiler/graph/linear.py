@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from qcompiler.graph.edit import sole_user
-from qcompiler.graph.functions import FAKE_QUANT, is_call
+from qcompiler.graph.functions import FAKE_QUANT, WEIGHT_QUANT, is_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Linear:
             ``fold{bias=int32}``.
         output: what the rest of the graph reads: the Add's output, or the MatMul's where there is no bias.
         activation_quant: the FakeQuant* call between x and the MatMul, or None.
-        weight_quant: the FakeQuant call (after ``insert``) or DequantizeLinear (after ``fold``) on the weight, or None.
+        weight_quant: the FakeQuant or FakeQuantBlocks call (after ``insert``) or DequantizeLinear (after ``fold``) on
+            the weight, or None.
     """
 
     name: str
@@ -59,7 +60,9 @@ def as_linear(node: ir.Node) -> Linear | None:
         return None
     x, weight = node.inputs
     weight_quant = weight.producer() if weight is not None else None
-    if weight_quant is not None and (is_call(weight_quant, "FakeQuant") or weight_quant.op_type == "DequantizeLinear"):
+    if weight_quant is not None and (
+        is_call(weight_quant, *WEIGHT_QUANT) or weight_quant.op_type == "DequantizeLinear"
+    ):
         weight = weight_quant.inputs[0]
     else:
         weight_quant = None

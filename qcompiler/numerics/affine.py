@@ -21,10 +21,13 @@ _TINY = np.finfo(np.float32).tiny  # the smallest normal number: runtimes may fl
 def integer_range(spec: TensorSpec, reduce_range: bool = False) -> tuple[int, int]:
     """The smallest and largest integer in use, zero point included.
 
-    Symmetric ranges are narrow, [-127, 127] about the zero point. ``reduce_range`` keeps 7 bits, so that the sum of two
-    u8 x s8 products fits 16 bits (x86 before VNNI: 2 · 255 · 64 < 2^15).
+    Symmetric ranges of 8 bits are narrow, [-127, 127] about the zero point; fewer bits leave no number unused.
+    ``reduce_range`` keeps 7 of 8 bits, so that the sum of two u8 x s8 products fits 16 bits (x86 before VNNI:
+    2 · 255 · 64 < 2^15).
     """
     low, high = DTYPES[spec.dtype]
+    if spec.bits < 8:
+        return low, high
     if spec.symmetric:
         middle, reach = fixed_zero_point(spec), 64 if reduce_range else 127
         return middle - reach, middle + reach
@@ -47,20 +50,21 @@ def scale_zero_point(
         spec: dtype and symmetry count, granularity does not.
 
     Returns:
-        scale float32 and zero_point of the spec's dtype, both of the shape of ``low``. A range of zero width at zero (a
-        tensor of zeros) gets scale 1.
+        scale float32 and zero_point of the spec's dtype (int8 or uint8 for fewer bits), both of the shape of ``low``. A
+        range of zero width at zero (a tensor of zeros) gets scale 1.
     """
     q_low, q_high = integer_range(spec, reduce_range)
+    dtype = np.int8 if q_low < 0 else np.uint8
     bottom = np.minimum(np.asarray(low, np.float64), 0.0)
     top = np.maximum(np.asarray(high, np.float64), 0.0)
     if spec.symmetric:
         zero_point = fixed_zero_point(spec)
         reach = np.maximum(top, -bottom)
         scale = _positive(reach / (q_high - zero_point))
-        return scale, np.full(scale.shape, zero_point, spec.dtype)
+        return scale, np.full(scale.shape, zero_point, dtype)
     scale = _positive((top - bottom) / (q_high - q_low))
     zero_points = np.clip(np.rint(q_low - bottom / scale), q_low, q_high)
-    return scale, np.asarray(zero_points, spec.dtype)
+    return scale, np.asarray(zero_points, dtype)
 
 
 def _positive(scale: Array) -> Array:

@@ -10,40 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompiler.core import DataError, OptionError
+from qcompiler.numerics.grids import Grid
 
 Array = npt.NDArray[Any]
-FindScale = Callable[[Array], tuple[Array, Array]]
 
 _LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
-    """The integers a weight [in, out] is rounded to: w ≈ (q - zero_point) · scale with low <= q <= high.
-
-    Attributes:
-        low, high: smallest and largest integer.
-        group_size: inputs of one output channel that share a scale; None: all of them. The last group may be short.
-        scale: [out], a scalar, or with groups [ceil(in / group_size), out]; None: found by ``find``, group by group,
-            from the weights as the groups before have left them (with ``act_order``: from the weight as given, because
-            a group's inputs are then rounded at different times).
-        zero_point: of the shape of ``scale``; None: zeros.
-        find: scale and zero point [out] of the weights [n, out] of one group; None: max|w| / high, symmetric.
-    """
-
-    low: int
-    high: int
-    group_size: int | None = None
-    scale: Array | None = None
-    zero_point: Array | None = None
-    find: FindScale | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,10 +87,9 @@ def gptq(
     integers = np.empty(weight.shape, np.int32)
     integers[order] = _eliminate(weight[order].astype(dtype), upper.astype(dtype), scales, order, block_size)
     scale, zero_point = scales.result()
-    nearest = _nearest(weight, grid, scale, zero_point)
-    error, nearest_error = (
-        hessian_error(weight, _dequantized(q, grid, scale, zero_point), hessian) for q in (integers, nearest)
-    )
+    found = dataclasses.replace(grid, scale=scale, zero_point=zero_point).in_double()
+    nearest = found.nearest(weight)
+    error, nearest_error = (hessian_error(weight, found.dequantized(q), hessian) for q in (integers, nearest))
     worse = (error > nearest_error) & keep_nearest
     integers[:, worse] = nearest[:, worse]
     return Rounded(
@@ -230,17 +206,3 @@ class _Scales:
     def _symmetric(self, part: Array) -> tuple[Array, Array]:
         reach = np.abs(part).max(0) / self.grid.high
         return np.where(reach > 0, np.maximum(reach, np.finfo(np.float32).tiny), 1.0), np.zeros(part.shape[1])
-
-
-def _spread(per_group: Array, grid: Grid, rows: int) -> Array:
-    return per_group if grid.group_size is None else np.repeat(per_group, grid.group_size, axis=0)[:rows]
-
-
-def _nearest(weight: Array, grid: Grid, scale: Array, zero_point: Array) -> npt.NDArray[np.int32]:
-    s, z = (_spread(a.astype(np.float64), grid, len(weight)) for a in (scale, zero_point))
-    return np.clip(np.rint(weight / s) + z, grid.low, grid.high).astype(np.int32)
-
-
-def _dequantized(q: Array, grid: Grid, scale: Array, zero_point: Array) -> Array:
-    s, z = (_spread(a.astype(np.float64), grid, len(q)) for a in (scale, zero_point))
-    return np.asarray((q - z) * s)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.numerics.affine import quantize_weight, scale_zero_point
+from qcompiler.numerics.affine import scale_zero_point
+from qcompiler.numerics.grids import weight_grid
 from qcompiler.scheme import TensorSpec
 
 Array = npt.NDArray[Any]
@@ -51,9 +52,8 @@ def _lifted(absmax: Array) -> Array:
 
 def rounded_weight(weight: Array, spec: TensorSpec, reduce_range: bool = False) -> Array:
     """Quantize and dequantize one weight [K, N]; float32, in place where it can be."""
-    if spec.granularity == "per_group":
-        q, scale = quantize_weight(weight, spec, reduce_range)
-        return np.asarray(q * np.repeat(scale, spec.group_size or 1, axis=0)[: len(weight)])
+    if spec.granularity == "per_group" or spec.bits < 8 or not spec.symmetric:
+        return weight_grid(weight, spec, reduce_range).rounded(weight)
     # The same as quantize_weight without the trip through int8: a search does this a thousand times.
     reach = np.maximum(weight.max(0), -weight.min(0))
     if spec.granularity == "per_tensor":

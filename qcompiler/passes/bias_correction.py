@@ -21,10 +21,9 @@ import onnx_ir as ir
 from qcompiler.calibration.observers.means import FoldMeans
 from qcompiler.core import Note, StatRequest
 from qcompiler.graph.edit import array_of, write_input
-from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.transaction import Transaction
-from qcompiler.numerics.affine import fake_quantize
+from qcompiler.graph.weights import fake_quantized, rounded_weight
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.reference import float_weights
 
@@ -53,7 +52,7 @@ class BiasCorrection(Pass):
         weights = float_weights(model, ctx)
         for linear in _corrected(model):
             x, seen = (stats[request] for request in self._requests(linear))
-            moved = shift_of_means(x, seen, weights[linear.name], _rounded(linear))
+            moved = shift_of_means(x, seen, weights[linear.name], rounded_weight(linear))
             kept, left = held_out(moved, x.rows)
             told = f"held-out squared shift of means {kept:.1e} -> {left:.1e}"
             if left < kept:
@@ -70,7 +69,9 @@ class BiasCorrection(Pass):
         return StatRequest(linear.x.name or "", spelling, -1), StatRequest(read.name or "", spelling, -1)
 
 
-def shift_of_means(x: FoldMeans, seen: FoldMeans, weight: npt.NDArray[np.floating], rounded: Vector) -> Vector:
+def shift_of_means(
+    x: FoldMeans, seen: FoldMeans, weight: npt.NDArray[np.floating], rounded: npt.NDArray[np.floating]
+) -> Vector:
     """E[x] W - E[x̂] Ŵ of each fold, float64 [folds, out], for weights [in, out]."""
     # In this form nothing large cancels: both differences are small.
     return np.asarray((x.mean - seen.mean) @ weight + seen.mean @ (np.asarray(weight, np.float64) - rounded))
@@ -107,14 +108,5 @@ def _corrected(model: ir.Model) -> list[Linear]:
     return [
         linear
         for linear in linears(model)
-        if is_call(linear.weight_quant, "FakeQuant") and (linear.bias is None or array_of(linear.bias) is not None)
+        if fake_quantized(linear) and (linear.bias is None or array_of(linear.bias) is not None)
     ]
-
-
-def _rounded(linear: Linear) -> Vector:
-    assert linear.weight_quant is not None
-    weight, scale, zero_point = (array_of(value) for value in linear.weight_quant.inputs)
-    assert weight is not None
-    assert scale is not None
-    assert zero_point is not None
-    return np.asarray(fake_quantize(weight, scale, zero_point), np.float64)

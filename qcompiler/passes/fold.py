@@ -5,20 +5,26 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.weights import BITS, fake_quantized, grid_of
 from qcompiler.numerics.affine import quantize
+from qcompiler.numerics.grids import Grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold(Pass):
-    """Constants become integers: W -> DequantizeLinear(W_int8, scale).
+    """Constants become integers: W -> DequantizeLinear(W_int8, scale), with ``block_size`` where scales go by group.
+
+    Weights of 4 bits become int4 or uint4 tensors, those of 2 bits too: opset 21 has nothing smaller.
 
     ``bias="int32"`` also turns the bias of a static Linear into int32 with the derived scale s_x · s_w (Jacob et al.
     2018, section 2.4), for runtimes that want it so; "float" leaves it, which is what ort-cpu's fastest kernel takes.
@@ -34,10 +40,11 @@ class Fold(Pass):
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         folded: dict[ir.Node, ir.Value] = {}
         for linear in linears(model):
-            if linear.weight_quant is None or not is_call(linear.weight_quant, "FakeQuant"):
+            if linear.weight_quant is None or not fake_quantized(linear):
                 continue
             if linear.weight_quant not in folded:
-                folded[linear.weight_quant] = _integer_weight(model.graph, linear)
+                fold = _integer_weight if is_call(linear.weight_quant, "FakeQuant") else _integer_blocks
+                folded[linear.weight_quant] = fold(model.graph, linear)
             linear.matmul.replace_input_with(1, folded[linear.weight_quant])
             if self.bias == "int32":
                 _fold_bias(model.graph, linear)
@@ -65,6 +72,40 @@ def _integer_weight(graph: ir.Graph, linear: Linear) -> ir.Value:
         like=old,
     )
     return dequantize.outputs[0]
+
+
+def _integer_blocks(graph: ir.Graph, linear: Linear) -> ir.Value:
+    call, old = linear.weight_quant, linear.weight
+    weight = array_of(old)
+    assert call is not None
+    assert weight is not None
+    grid = grid_of(call)
+    assert grid.scale is not None
+    assert grid.zero_point is not None
+    dtype = _container(grid)
+    name = old.name or linear.name
+    whole = len(grid.scale) == 1
+    numbers = [grid.nearest(np.asarray(weight, np.float32)), grid.zero_point.astype(np.int32)]
+    integers, zero_point = (np.asarray(n).astype(dtype) for n in numbers)
+    inputs = [
+        add_initializer(graph, f"{name}_quantized", integers),
+        add_initializer(graph, f"{name}_scales", grid.scale[0] if whole else grid.scale),
+        add_initializer(graph, f"{name}_zero_points", zero_point[0] if whole else zero_point),
+    ]
+    inputs[0].metadata_props.update(old.metadata_props)
+    inputs[0].metadata_props[BITS] = str((grid.high - grid.low).bit_length())
+    attributes = {"axis": 1} if whole else {"axis": 0, "block_size": grid.group_size}
+    dequantize = insert_node(
+        graph, linear.matmul, "DequantizeLinear", inputs, attributes=attributes, name=f"{name}_dequantized", like=old
+    )
+    return dequantize.outputs[0]
+
+
+def _container(grid: Grid) -> npt.DTypeLike:
+    """The smallest integer type of opset 21 that holds the grid."""
+    if grid.high - grid.low < 16:
+        return ml_dtypes.int4 if grid.low < 0 else ml_dtypes.uint4
+    return np.int8 if grid.low < 0 else np.uint8
 
 
 def _fold_bias(graph: ir.Graph, linear: Linear) -> None:

@@ -14,9 +14,16 @@ from qcompiler.graph.edit import add_initializer, array_of, first_of, insert_nod
 from qcompiler.graph.functions import ensure_function
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.affine import quantize_weight, scale_zero_point
+from qcompiler.numerics.grids import weight_grid
 from qcompiler.passes.annotate import annotated
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.scheme import TensorSpec
+
+_DYNAMIC = {
+    "per_token": "FakeQuantPerToken",
+    "per_tensor": "FakeQuantPerTensor",
+    "per_group": "FakeQuantPerGroup",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +72,34 @@ def _request(linear: Linear, spec: TensorSpec) -> StatRequest:
 def _insert_on_weight(model: ir.Model, linear: Linear, spec: TensorSpec, reduce_range: bool) -> ir.Value:
     array = array_of(linear.weight)
     assert array is not None
+    if spec.group_size is not None or spec.bits < 8 or not spec.symmetric:
+        return _insert_blocks(model, linear, spec, array)
     _, scale = quantize_weight(array, spec, reduce_range)
     return _fake_quant(model, linear.matmul, linear.weight, scale, np.zeros(scale.shape, np.int8))
 
 
+def _insert_blocks(model: ir.Model, linear: Linear, spec: TensorSpec, array: np.ndarray) -> ir.Value:
+    """Blocks along the inputs; one scale an output channel is one block."""
+    grid = weight_grid(array, spec)
+    assert grid.scale is not None
+    assert grid.zero_point is not None
+    graph, name = model.graph, linear.weight.name
+    shape = (-1, array.shape[1])
+    scale, zero_point = (np.broadcast_to(a, (1, *a.shape)[-2:]) for a in (grid.scale, grid.zero_point))
+    inputs = [
+        linear.weight,
+        add_initializer(graph, f"{name}_scale", scale.reshape(shape)),
+        add_initializer(graph, f"{name}_zero_point", zero_point.reshape(shape)),
+    ]
+    attributes = {"block_size": grid.group_size or len(array), "low": float(grid.low), "high": float(grid.high)}
+    return _call(model, linear.matmul, "FakeQuantBlocks", inputs, f"{name}_fake_quant", **attributes)
+
+
 def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, stats: Stats) -> ir.Value:
     if spec.dynamic:
-        function = {"per_token": "FakeQuantPerToken", "per_tensor": "FakeQuantPerTensor"}[spec.granularity]
-        return _call(model, _first_reader(linear), function, [linear.x], f"{linear.x.name}_{spec.granularity}")
+        function, name = _DYNAMIC[spec.granularity], f"{linear.x.name}_{spec.granularity}"
+        options = {} if spec.group_size is None else {"block_size": spec.group_size}
+        return _call(model, _first_reader(linear), function, [linear.x], name, **options)
     low, high = stats[_request(linear, spec)]
     scale, zero_point = scale_zero_point(low, high, spec)
     return _fake_quant(
@@ -108,7 +135,7 @@ def _fake_quant(
 
 
 def _call(
-    model: ir.Model, before: ir.Node, function: str, inputs: list[ir.Value], name: str, **attributes: int
+    model: ir.Model, before: ir.Node, function: str, inputs: list[ir.Value], name: str, **attributes: int | float
 ) -> ir.Value:
     ensure_function(model, function)
     node = insert_node(

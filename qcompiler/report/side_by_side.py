@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.weights import folded_grid
 
 ACCUMULATED, ALONE, OUTPUT = "accumulated", "alone", "output"
 
@@ -211,13 +212,17 @@ def _alone(
 def _same_weight(linear: Linear, copy: Linear) -> bool:
     """Whether the quantized weight is the float one but for rounding (a smoothed weight is not the unsmoothed one)."""
     assert copy.weight_quant is not None
-    weight, integers, scale = array_of(linear.weight), array_of(copy.weight), array_of(copy.weight_quant.inputs[1])
-    if weight is None or integers is None or scale is None or weight.shape != integers.shape or scale.ndim > 1:
+    weight, stored = array_of(linear.weight), array_of(copy.weight)
+    if weight is None or stored is None or weight.shape != stored.shape:
         return False
-    if np.issubdtype(integers.dtype, np.floating):
-        return bool(np.array_equal(weight, integers))
-    error = np.abs(weight - integers.astype(np.float32) * scale)
-    return bool(np.mean(error <= 3 * scale) > 0.99)  # GPTQ moves a weight by up to three steps
+    if np.issubdtype(stored.dtype, np.floating):
+        return bool(np.array_equal(weight, stored))
+    grid = folded_grid(copy.weight_quant)
+    if grid is None:
+        return False
+    error = np.abs(weight - grid.dequantized(stored.astype(np.float32)))
+    steps = np.abs(grid.spread(len(stored))[0])
+    return bool(np.mean(error <= 3 * steps) > 0.99)  # GPTQ moves a weight by up to three steps
 
 
 def _reduce(graph: ir.Graph, op_type: str, value: ir.Value, name: str) -> ir.Value:

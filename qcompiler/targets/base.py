@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability, Note
+from qcompiler.core import Capability, Kernel, Note
+
+
+def block_kernels(
+    name: str,
+    activation: tuple[str, str, bool],
+    group_sizes: Mapping[int, Sequence[int]],
+    speed: float | None = None,
+) -> list[Kernel]:
+    """Kernels of weights by group or by output channel, for one kind of activation; ``group_sizes`` by bits."""
+    return [
+        Kernel(name, f"{sign}int{bits}", granularity, *activation, speed, tuple(sizes))
+        for bits, sizes in group_sizes.items()
+        for sign in ("", "u")
+        for granularity in ("per_group", "per_channel")
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qcompiler.core import Capability, Kernel, Note, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
 from qcompiler.graph.functions import inline_functions, is_call
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.targets.base import Lowered, Target
+from qcompiler.targets.base import Lowered, Target, block_kernels
 
 FORMS = ("qdq", "qoperator")
 
@@ -29,6 +29,9 @@ class Portable(Target):
     costs accuracy and needs an output range; it is taken only where the graph quantizes that very value anyway (no
     bias, its one reader is a static fake-quant), so that nothing is lost. Elsewhere MatMulInteger gives the exact int32
     sums, which Cast and Mul(s_x · s_w) turn into the same float numbers as the fake-quantized graph.
+
+    Weight-only Linears are MatMul behind a DequantizeLinear, in int4 or uint4 with ``block_size`` where the scheme says
+    so; weights of 2 bits take 4 there, for opset 21 has no smaller type.
 
     In both forms dynamic Linears are MatMulInteger: behind DynamicQuantizeLinear (per tensor), or behind row maximum,
     Div and QuantizeLinear with scale 1 and zero point 128 (per token), for which ONNX has no one operator.
@@ -52,6 +55,9 @@ class Portable(Target):
                 Kernel("MatMulInteger", "int8", weight, "uint8", "per_token", True, 1.0),
                 Kernel("MatMulInteger", "int8", weight, "uint8", "per_tensor", True, 1.0),
             ]
+        kernels += block_kernels(
+            "DequantizeLinear + MatMul", ("float", "", False), dict.fromkeys((2, 4, 8), range(16, 257)), 1.0
+        )
         return Capability(self.name, tuple(kernels))
 
     def lower(self, model: ir.Model) -> Lowered:

@@ -16,6 +16,7 @@ from qcompiler.core import DOMAIN
 from qcompiler.graph.functions import FAKE_QUANT, NAMES, OPSET, ensure_function, inline_functions, is_call
 from qcompiler.graph.run import Runner
 from qcompiler.numerics.affine import fake_quantize, fake_quantize_dynamic, scale_zero_point
+from qcompiler.numerics.grids import weight_grid
 from qcompiler.scheme import TensorSpec
 from tests.graph.tiny import HEADER, tiny
 
@@ -37,6 +38,9 @@ def runner(body: str) -> Runner:
 
 def run(body: str, **feeds: Any) -> np.ndarray:
     return runner(body)(feeds)["y"]
+
+
+PER_GROUP_RUNNER = runner("g (float[N,C] x) => (float[N,C] y) { y = qcompiler.FakeQuantPerGroup<block_size = 16>(x) }")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -166,3 +170,33 @@ def test_inlining_leaves_standard_operators_that_compute_the_same() -> None:
     assert {node.domain for node in model.graph} == {""}
     assert DOMAIN not in model.graph.opset_imports
     np.testing.assert_array_equal(Runner(model, threads=1)({"x": x})["y"], before)
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=FINITE))
+@settings(max_examples=30)
+def test_per_group_is_per_token_of_each_group(x: np.ndarray) -> None:
+    spec = TensorSpec("int8", True, "per_group", 16, dynamic=True)
+    got = PER_GROUP_RUNNER({"x": x})["y"]
+    np.testing.assert_allclose(got, fake_quantize_dynamic(x, spec), rtol=1e-6)
+    assert got.shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (2, 5, 32), (1, 2, 5, 7)])
+def test_per_group_keeps_every_rank(shape: tuple[int, ...]) -> None:
+    x = normal(*shape)
+    axes = ",".join(f"d{i}" for i in range(len(shape)))
+    body = f"g (float[{axes}] x) => (float[{axes}] y) {{ y = qcompiler.FakeQuantPerGroup<block_size = 16>(x) }}"
+    spec = TensorSpec("int8", True, "per_group", 16, dynamic=True)
+    np.testing.assert_allclose(run(body, x=x), fake_quantize_dynamic(x, spec), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2", "int4", "uint4", "int8", "uint8"])
+def test_blocks_are_the_grid_of_a_weight(dtype: str) -> None:
+    spec = TensorSpec(dtype, not dtype.startswith("u"), "per_group", 16)
+    weight = normal(40, 6)
+    grid = weight_grid(weight / 1.5, spec)  # narrower than the weight: what is beyond it saturates
+    assert grid.zero_point is not None
+    body = f"""g (float[40,6] w, float[3,6] s, {grid.zero_point.dtype}[3,6] z) => (float[40,6] y) {{
+        y = qcompiler.FakeQuantBlocks<block_size = 16, low = {grid.low}.0, high = {grid.high}.0>(w, s, z)
+    }}"""
+    np.testing.assert_array_equal(run(body, w=weight, s=grid.scale, z=grid.zero_point), grid.rounded(weight))

@@ -16,6 +16,7 @@ from qcompiler.graph import canonical
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.graph.run import Runner
+from qcompiler.graph.weights import BITS, folded_grid, rounded_weight
 from qcompiler.numerics.affine import quantize_weight
 from qcompiler.passes import make_pass
 from qcompiler.passes.fold import Fold
@@ -180,3 +181,34 @@ def test_spelled_options() -> None:
 def test_it_wants_no_statistics() -> None:
     assert Fold().wants(block(), context()) == []
     assert len(LINEARS) == len(linears(block()))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "bits"),
+    [
+        ("w4a16", ir.DataType.INT4, 4),
+        ("w4a16{symmetric=false,group_size=16}", ir.DataType.UINT4, 4),
+        ("w2a16{group_size=none}", ir.DataType.INT4, 2),
+        ("w8a16{symmetric=false}", ir.DataType.UINT8, 8),
+    ],
+)
+def test_groups_become_blocked_integers_and_nothing_changes(scheme: str, dtype: ir.DataType, bits: int) -> None:
+    ctx, model = context(scheme), block()
+    quantize(model, ctx)
+    assert {call.op_type for linear in linears(model) if (call := linear.weight_quant)} == {"FakeQuantBlocks"}
+    canonical.check(model)
+    expected = {linear.name: rounded_weight(linear) for linear in linears(model)}
+    before = outputs(model)
+    Fold().run(model, {}, ctx)
+    canonical.check(model)
+    for name, array in outputs(model).items():
+        np.testing.assert_allclose(array, before[name], rtol=1e-5, atol=1e-5)
+    for linear in linears(model):
+        assert linear.weight.dtype == dtype
+        assert linear.weight.metadata_props[BITS] == str(bits)
+        assert linear.weight_quant is not None
+        grid = folded_grid(linear.weight_quant)
+        assert grid is not None
+        assert grid.high - grid.low == 2**bits - 1
+        stored = array_of(linear.weight).astype(np.float32)
+        np.testing.assert_array_equal(grid.dequantized(stored), expected[linear.name])

@@ -146,4 +146,5 @@ def test_spelled_by_name_and_refused_in_a_sentence() -> None:
         ("per_tensor", False),
         ("per_tensor", True),
         ("per_token", True),
+        ("", False),
     }

@@ -17,6 +17,7 @@ from qcompiler.targets.ort.attention import lower_attention
 from qcompiler.targets.ort.capability import capability
 from qcompiler.targets.ort.costs import load_costs
 from qcompiler.targets.ort.linears import lower_linears
+from qcompiler.targets.ort.nbits import lower_blocks
 from qcompiler.targets.ort.norms import keep_additions_apart, lower_rms_norms
 
 LOWERED_OPSET = 23
@@ -51,10 +52,12 @@ class OrtCpu(Target):
         costs = load_costs()
         facts = concrete_shapes(model)
         notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
+        blocks, block_notes = lower_blocks(model)
         nodes, linear_notes = lower_linears(
             model, lambda granularity, k, n: costs.fastest(granularity, self.rows, k, n)
         )
-        notes += linear_notes
+        nodes = {**blocks, **nodes}
+        notes += [*block_notes, *linear_notes]
         remove_dead(model)
         inline_functions(model)
         notes += keep_additions_apart(model)

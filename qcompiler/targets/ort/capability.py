@@ -7,7 +7,9 @@ import platform
 from pathlib import Path
 
 from qcompiler.core import Capability, Kernel
+from qcompiler.targets.base import block_kernels
 from qcompiler.targets.ort.costs import KERNELS, load_costs
+from qcompiler.targets.ort.nbits import BLOCK_SIZES
 
 _VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"})
 
@@ -53,4 +55,8 @@ def capability(rows: int, vnni: bool | None = None) -> Capability:
                         speed=round(speed, 2),
                     )
                 )
+    kernels += block_kernels("MatMulNBits", ("float", "", False), dict.fromkeys((2, 4, 8), BLOCK_SIZES))
+    # At 2 bits and blocks of 16, accuracy level 4 does not quantize the input: it multiplies in float after all.
+    integers = {2: BLOCK_SIZES[1:], 4: BLOCK_SIZES, 8: BLOCK_SIZES}
+    kernels += block_kernels("MatMulNBits", ("int8", "per_group", True), integers)
     return Capability("ort-cpu", tuple(kernels), reduce_range=saturates() if vnni is None else not vnni)

@@ -1,0 +1,74 @@
+"""The grid of a fake-quantized weight, read off the graph and written back."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.graph.edit import array_of, write_input
+from qcompiler.graph.functions import WEIGHT_QUANT, is_call
+from qcompiler.graph.linear import Linear
+from qcompiler.numerics.grids import Grid
+
+BITS = "qcompiler.bits"
+"""Metadata of a folded weight: the bits its numbers take, which may be fewer than their type's."""
+
+
+def fake_quantized(linear: Linear) -> bool:
+    """Whether the Linear's weight stands behind a fake-quant (``insert`` has been, ``fold`` has not)."""
+    return is_call(linear.weight_quant, *WEIGHT_QUANT)
+
+
+def grid_of(call: ir.Node) -> Grid:
+    """The grid of a fake-quant on a weight [in, out], scale and zero_point as they stand there."""
+    scale, zero_point = (array_of(value) for value in call.inputs[1:3])
+    assert scale is not None
+    assert zero_point is not None
+    if is_call(call, "FakeQuant"):
+        limits = np.iinfo(zero_point.dtype)
+        return Grid(int(limits.min), int(limits.max), None, scale, zero_point)
+    low, high = (int(call.attributes[name].as_float()) for name in ("low", "high"))
+    return Grid(low, high, call.attributes["block_size"].as_int(), scale, zero_point)
+
+
+def folded_grid(dequantize: ir.Node) -> Grid | None:
+    """The grid behind a DequantizeLinear on a weight [in, out]: by group of inputs, by output channel, or one scale.
+
+    None where the weight is no constant, or its scales lie otherwise.
+    """
+    scale = array_of(dequantize.inputs[1])
+    zero_point = array_of(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else None
+    value = dequantize.inputs[0]
+    if array_of(value) is None or scale is None or value is None or value.dtype is None:
+        return None
+    axis, size = (_integer(dequantize, name, default) for name, default in (("axis", 1), ("block_size", 0)))
+    by_group = scale.ndim == 2 and size > 0 and axis in (0, -2)
+    if not (by_group or scale.ndim == 0 or (scale.ndim == 1 and axis in (1, -1) and not size)):
+        return None
+    bits = int(value.metadata_props.get(BITS, 0)) or round(8 * value.dtype.itemsize)
+    low = -(1 << (bits - 1)) if value.dtype.is_signed() else 0
+    zero = np.zeros(scale.shape, np.int32) if zero_point is None else zero_point.astype(np.int32)
+    return Grid(low, low + (1 << bits) - 1, size if by_group else None, scale, zero)
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def write_grid(call: ir.Node, grid: Grid) -> None:
+    """Give a fake-quant other scales and zero points; what else read the old ones keeps them."""
+    old = grid_of(call)
+    for index, (new, before) in enumerate(((grid.scale, old.scale), (grid.zero_point, old.zero_point)), start=1):
+        assert before is not None
+        if new is not None and not np.array_equal(new, before):
+            write_input(call, index, np.asarray(new, before.dtype))
+
+
+def rounded_weight(linear: Linear) -> npt.NDArray[np.float32]:
+    """What the fake-quant makes of the weight, float32 [in, out]."""
+    assert linear.weight_quant is not None
+    weight = array_of(linear.weight)
+    assert weight is not None
+    return np.asarray(grid_of(linear.weight_quant).rounded(np.asarray(weight, np.float32)), np.float32)

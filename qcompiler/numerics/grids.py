@@ -1,0 +1,98 @@
+"""The grid of integers that a weight is rounded to, with one scale and zero point for each group of its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.core import OptionError
+from qcompiler.numerics.affine import integer_range, scale_zero_point
+from qcompiler.scheme import TensorSpec
+
+Array = npt.NDArray[Any]
+FindScale = Callable[[Array], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    """The integers a weight [in, out] is rounded to: w ≈ (q - zero_point) · scale with low <= q <= high.
+
+    Attributes:
+        low, high: smallest and largest integer.
+        group_size: inputs of one output channel that share a scale; None: all of them. The last group may be short.
+        scale: [out], a scalar, or with groups [ceil(in / group_size), out]; None: found by ``find``, group by group,
+            from the weights as the groups before have left them (with ``act_order``: from the weight as given, because
+            a group's inputs are then rounded at different times).
+        zero_point: of the shape of ``scale``; None: zeros.
+        find: scale and zero point [out] of the weights [n, out] of one group; None: max|w| / high, symmetric.
+    """
+
+    low: int
+    high: int
+    group_size: int | None = None
+    scale: Array | None = None
+    zero_point: Array | None = None
+    find: FindScale | None = None
+
+    def nearest(self, weight: Array) -> npt.NDArray[np.int32]:
+        """The integers [in, out] nearest to a weight; the scales must be known."""
+        scale, zero_point = self.spread(len(weight))
+        with np.errstate(over="ignore"):
+            q = np.rint(weight / scale)
+        return np.clip(q + zero_point, self.low, self.high).astype(np.int32)
+
+    def dequantized(self, q: Array) -> Array:
+        """(q - zero_point) · scale, in the precision of the scales."""
+        scale, zero_point = self.spread(len(q))
+        return np.asarray((np.asarray(q, scale.dtype) - zero_point) * scale)
+
+    def rounded(self, weight: Array) -> Array:
+        """The values on the grid that are nearest to a weight."""
+        return self.dequantized(self.nearest(weight))
+
+    def in_double(self) -> Grid:
+        """The same grid with scales in float64."""
+        assert self.scale is not None
+        return dataclasses.replace(self, scale=np.asarray(self.scale, np.float64))
+
+    def spread(self, rows: int) -> tuple[Array, Array]:
+        """Scale and zero point of each of ``rows`` inputs, [rows, out], or as they are where there are no groups."""
+        assert self.scale is not None
+        zero_point = np.zeros_like(self.scale) if self.zero_point is None else self.zero_point
+        zero_point = np.asarray(zero_point, self.scale.dtype)
+        if self.group_size is None:
+            return self.scale, zero_point
+        scale, zero_point = (np.repeat(a, self.group_size, axis=0)[:rows] for a in (self.scale, zero_point))
+        return scale, zero_point
+
+
+def weight_grid(weight: Array, spec: TensorSpec, reduce_range: bool = False) -> Grid:
+    """The grid whose scales cover each group's weights, from the least to the largest: rounding to nearest's own.
+
+    Args:
+        weight: float [in, out].
+        spec: per_tensor, per_channel or per_group; symmetric or not.
+
+    Returns:
+        scale float32 and zero_point: [], [out] or [ceil(in / group_size), out].
+
+    Raises:
+        OptionError: a spec that weights cannot have.
+    """
+    if spec.dynamic or spec.granularity == "per_token":
+        raise OptionError(f"weights cannot be quantized {spec.granularity} at run time.")
+    weight = np.asarray(weight, np.float32)
+    if spec.granularity == "per_tensor":
+        low, high = weight.min(initial=0.0), weight.max(initial=0.0)
+    else:
+        starts = np.arange(0, len(weight), spec.group_size or max(len(weight), 1))
+        low, high = (extreme.reduceat(weight, starts, axis=0) for extreme in (np.minimum, np.maximum))
+        if spec.group_size is None:
+            low, high = low[0], high[0]
+    scale, zero_point = scale_zero_point(low, high, spec, reduce_range)
+    bottom, top = integer_range(spec, reduce_range)
+    return Grid(bottom, top, spec.group_size, scale, zero_point)

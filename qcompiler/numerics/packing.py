@@ -1,0 +1,43 @@
+"""Integers of 2, 4 or 8 bits packed into bytes, the first in the lowest bits, as MatMulNBits reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+
+def pack(q: Array, bits: int, fill: int = 0) -> Bytes:
+    """Pack the last axis: unsigned [..., n] -> uint8 [..., ceil(n · bits / 8)], then ``fill`` to the byte's end."""
+    per_byte = 8 // bits
+    short = -q.shape[-1] % per_byte
+    if short:
+        q = np.concatenate([q, np.full((*q.shape[:-1], short), fill, q.dtype)], axis=-1)
+    lanes = np.asarray(q, np.uint8).reshape(*q.shape[:-1], q.shape[-1] // per_byte, per_byte)
+    packed = np.zeros(lanes.shape[:-1], np.uint8)
+    for lane in range(per_byte):
+        packed |= lanes[..., lane] << np.uint8(bits * lane)
+    return packed
+
+
+def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
+    """The first ``count`` numbers of each last axis that :func:`pack` packed."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
+    return np.ascontiguousarray(numbers.reshape(*packed.shape[:-1], -1)[..., :count])
+
+
+def pack_weight(q: Array, bits: int, block_size: int) -> Bytes:
+    """A weight [in, out] of unsigned integers as MatMulNBits stores it: uint8 [out, blocks, block_size · bits / 8].
+
+    The last block is filled up with the middle of the range; the operator reads nothing of it.
+    """
+    rows, columns = q.shape
+    blocks = -(-rows // block_size)
+    padded = np.full((columns, blocks * block_size), 1 << (bits - 1), np.uint8)
+    padded[:, :rows] = q.T
+    return pack(padded, bits).reshape(columns, blocks, block_size * bits // 8)
