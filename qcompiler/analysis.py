@@ -17,7 +17,7 @@ from qcompiler.numerics.metrics import RowSumsMeter
 from qcompiler.report.analysis import CUSTOM, METRICS, Analysis, Errors, Layer
 from qcompiler.report.build import linear_row
 from qcompiler.report.custom import Metric, custom_errors, metric_name
-from qcompiler.report.errors import error_meters, sliced
+from qcompiler.report.errors import error_meters, fixed_batch, sliced
 from qcompiler.report.ranges import measure_sites
 from qcompiler.report.side_by_side import ACCUMULATED, ALONE, OUTPUT
 from qcompiler.report.stages import Stages
@@ -96,7 +96,7 @@ def analyze(
     work = ready.work
     with stages("ranges"):
         sites = measure_sites(ready.float_model, work.transformed, batches, work.notes, work.plans, progress)
-    slices = _Slices(batches)
+    slices = _Slices(batches, fixed_batch(ready.float_model))
     with stages("errors"):
         meters, samples = error_meters(work.transformed, work.model, slices, cosine=True, outputs=True)
     own: dict[tuple[str, str], float] = {}
@@ -138,9 +138,10 @@ def _errors(meter: RowSumsMeter, custom: float | None) -> Errors:
 
 @dataclasses.dataclass(frozen=True)
 class _Slices:
-    """All batches cut into runs of some hundred rows, as often as they are read."""
+    """All batches cut into runs of some hundred rows (where the model lets them), as often as they are read."""
 
     batches: Batches
+    whole: bool
 
     def __iter__(self) -> Iterator[Feeds]:
-        return sliced(self.batches, sys.maxsize, total=sys.maxsize)
+        return sliced(self.batches, sys.maxsize, total=sys.maxsize, whole=self.whole)

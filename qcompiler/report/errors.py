@@ -48,7 +48,9 @@ def layer_errors(
     Returns:
         Errors by Linear name, and the number of samples seen.
     """
-    meters, seen = error_meters(float_model, quantized, sliced(batches, samples), threads=threads)
+    meters, seen = error_meters(
+        float_model, quantized, sliced(batches, samples, whole=fixed_batch(float_model)), threads=threads
+    )
     errors = {
         name: LayerError(meter.db, meters[name, ALONE].db if (name, ALONE) in meters else None)
         for (name, kind), meter in meters.items()
@@ -97,7 +99,7 @@ def output_errors(
     """SQNR in dB of each float output of the lowered model, by name; masked rows do not count."""
     reference, candidate = Runner(float_model, threads=threads), Runner(lowered, threads=threads, as_deployed=True)
     meters: dict[str, SqnrMeter] = {}
-    for feeds in sliced(batches, samples):
+    for feeds in sliced(batches, samples, whole=fixed_batch(float_model)):
         expected, got = reference(feeds), candidate(feeds)
         for name in reference.outputs:
             want, have = expected[name], got[name]
@@ -119,17 +121,27 @@ def sample_count(feeds: Feeds) -> int:
     return next((array.shape[0] for array in map(np.asarray, feeds.values()) if array.ndim), 1)
 
 
-def sliced(batches: Iterable[Feeds], samples: int, rows: int = SLICE, total: int = TOKENS) -> Iterator[Feeds]:
+def fixed_batch(model: ir.Model) -> bool:
+    """Whether the model takes batches of one size only."""
+    return any(
+        value.shape is not None and value.shape and isinstance(value.shape[0], int) for value in model.graph.inputs
+    )
+
+
+def sliced(
+    batches: Iterable[Feeds], samples: int, rows: int = SLICE, total: int = TOKENS, whole: bool = False
+) -> Iterator[Feeds]:
     """The first ``samples`` samples, cut along the batch axis into feeds of about ``rows`` rows (tokens) each.
 
-    They end early once ``total`` rows, padding included, have been yielded.
+    They end early once ``total`` rows, padding included, have been yielded. With ``whole`` no batch is cut: the last
+    may hold more samples than asked for.
     """
     left = samples
     for feeds in batches:
         if left <= 0 or total <= 0:
             return
         count = sample_count(feeds)
-        if any(np.ndim(array) == 0 or np.shape(array)[0] != count for array in feeds.values()):
+        if whole or any(np.ndim(array) == 0 or np.shape(array)[0] != count for array in feeds.values()):
             left -= count
             yield feeds
             continue

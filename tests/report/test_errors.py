@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler.graph.edit import write_input
@@ -101,6 +102,18 @@ def test_slices_stop_at_the_sample_count_and_bound_the_rows() -> None:
     ]
     scalar = {"x": np.zeros((2, 3), np.float32), "flag": np.array(True)}
     assert list(sliced([scalar], samples=1, rows=1)) == [scalar]  # cannot be cut along a batch axis
+
+
+def test_a_model_of_one_batch_size_gets_whole_batches() -> None:
+    reference, quantized = float_mlp(), quantized_mlp()
+    for model in (reference, quantized):
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.shape = ir.Shape([8, *list(value.shape)[1:]])
+    data = [feeds(batch=8, sequence=128, seed=seed) for seed in range(2)]
+    errors, seen = layer_errors(reference, quantized, data, samples=9)
+    assert seen == 16
+    assert set(errors) == {"fc1", "fc2"}
+    assert set(output_errors(reference, quantized, data, samples=9)) == {"y"}
 
 
 def test_mask_of_another_shape_masks_nothing() -> None:
