@@ -9,6 +9,7 @@ from html import escape
 from qcompiler.report import plots
 from qcompiler.report.analysis import CUSTOM, METRICS, OUTLIER, Analysis, Errors, Layer, Site
 from qcompiler.report.analysis_tables import channels, figure, summary, unit
+from qcompiler.report.heat_map import heat_map_figure, places
 
 SITES_SHOWN = 4
 Cell = tuple[str, float | str]
@@ -64,6 +65,7 @@ def to_html(analysis: Analysis, top: int) -> str:
         ),
         _layers(analysis, analysis.worst(top)),
         f"<h2>Error by layer</h2>{plots.to_svg(lambda: plots.error_figure(analysis), 'error')}",
+        _heat_map(analysis),
         f"<h2>Channel ranges of the {shown} worst inputs</h2>",
         _note(
             "max|x| of each channel over all rows of the data, in the float model and behind the transforms. A channel "
@@ -86,6 +88,11 @@ def to_html(analysis: Analysis, top: int) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{_CSS}</style>\n</head>\n<body>\n" + "\n".join(parts) + f"\n<script>{_JS}</script>\n</body>\n</html>\n"
     )
+
+
+def _heat_map(analysis: Analysis) -> str:
+    found = places(analysis)
+    return plots.to_svg(lambda: heat_map_figure(analysis, found), "heat map") if found is not None else ""
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> str:

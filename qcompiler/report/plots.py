@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qcompiler.core import OptionError
 from qcompiler.report.analysis import METRICS, Analysis, Layer, Ranges
@@ -64,7 +65,7 @@ def require_matplotlib() -> None:
 def error_figure(analysis: Analysis) -> Figure:
     """The error of each quantized Linear in graph order, alone and accumulated."""
     layers = [layer for layer in analysis.layers if layer.accumulated is not None]
-    with _figure(11, 4.6 if len(layers) <= NAMED else 3.8) as figure:
+    with new_figure(11, 4.6 if len(layers) <= NAMED else 3.8) as figure:
         axes = figure.subplots()
         places = np.arange(len(layers))
         for label, colour, marker, errors in (
@@ -87,7 +88,7 @@ def error_figure(analysis: Analysis) -> Figure:
 
 def bits_figure(analysis: Analysis) -> Figure:
     """Bits of each Linear's weight and activation, coloured by how their scales come about."""
-    with _figure(11, 4.4 if len(analysis.layers) <= NAMED else 3.6) as figure:
+    with new_figure(11, 4.4 if len(analysis.layers) <= NAMED else 3.6) as figure:
         from matplotlib.patches import Patch
 
         above, below = figure.subplots(2, 1, sharex=True)
@@ -115,9 +116,11 @@ def ranges_figure(analysis: Analysis, top: int = 4) -> Figure:
     Channels stand in the order of their absmax before; where a transform made the site, or changed how many channels
     there are, in that of each.
     """
+    from matplotlib.lines import Line2D
+
     sites = analysis.worst_sites(top)
     rows = max(1, -(-len(sites) // 2))
-    with _figure(11, 0.5 + 2.5 * rows) as figure:
+    with new_figure(11, 0.5 + 2.5 * rows) as figure:
         grid = figure.subplots(rows, 2, squeeze=False).ravel()
         for axes, site in zip(grid, sites, strict=False):
             before, after = site.before, site.after
@@ -125,7 +128,7 @@ def ranges_figure(analysis: Analysis, top: int = 4) -> Figure:
             order = np.argsort(-(before if paired and before is not None else after).absmax, kind="stable")
             places = np.arange(1, len(order) + 1)
             floor = _floor(before, after)
-            axes.plot(places, np.maximum(after.absmax[order], floor), ".", color=AFTER_COLOUR, ms=2.5, label="after")
+            _dots(axes, places, np.maximum(after.absmax[order], floor), AFTER_COLOUR)
             if before is not None:
                 own = order if paired else np.argsort(-before.absmax, kind="stable")
                 axes.plot(
@@ -141,12 +144,11 @@ def ranges_figure(analysis: Analysis, top: int = 4) -> Figure:
             axes.set_ylabel("max|x|")
         for axes in grid[len(sites) :]:
             axes.set_axis_off()
-        if sites:
-            handles, labels = grid[0].get_legend_handles_labels()
-            order_shown = sorted(range(len(labels)), key=lambda i: labels[i] != "before")
-            figure.legend(
-                [handles[i] for i in order_shown], [labels[i] for i in order_shown], loc="outside upper left", ncols=2
-            )
+        handles = [
+            Line2D([], [], color=BEFORE_COLOUR, label="before"),
+            Line2D([], [], color=AFTER_COLOUR, marker=".", linestyle="", label="after"),
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
     return figure
 
 
@@ -165,13 +167,24 @@ def to_svg(make: Callable[[], Figure], salt: str) -> str:
 
 
 @contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def new_figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of this size in inches in our style; it belongs to no window and no global list of figures."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _dots(axes: Axes, x: npt.NDArray[Any], y: npt.NDArray[Any], colour: str) -> None:
+    """Points as one path of strokes of no length with round ends: in SVG a fifth of what as many markers take."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    ends = np.repeat(np.stack([x, y], axis=1), 2, axis=0)
+    path = Path(ends, np.tile([Path.MOVETO, Path.LINETO], len(x)))
+    path.should_simplify = False
+    axes.add_patch(PathPatch(path, fill=False, edgecolor=colour, linewidth=2.2, capstyle="round"))
 
 
 def _log(axes: Axes, *chosen: Axis) -> None:

@@ -17,6 +17,7 @@ from qcompiler.core import OptionError
 from qcompiler.report.analysis import Analysis, Errors, Layer, Ranges, Site, bits_of
 from qcompiler.report.analysis_tables import channels
 from qcompiler.report.data import LinearRow
+from qcompiler.report.heat_map import places
 
 pytest.importorskip("matplotlib")
 NASTY = "<script>alert('$x_1$')</script>&\"layer\""
@@ -121,9 +122,56 @@ def test_formulas_in_names_are_text() -> None:
 
 def test_many_layers_are_named_every_few() -> None:
     text = analysis(300).to_html()
-    assert text.count("<svg") == 3
     error = text[text.index("<svg") : text.index("</svg>")]
     assert 40 < len(re.findall(r"<text[^>]*>layer\.\d+\.dense|<text[^>]*>\d+\.dense", error)) <= 64
+
+
+def _deep(names: list[str], metric: str = "sqnr") -> Analysis:
+    one = analysis(len(names), metric)
+    layers = [
+        dataclasses.replace(layer, row=dataclasses.replace(layer.row, name=name))
+        for layer, name in zip(one.layers, names, strict=False)
+    ]
+    return dataclasses.replace(one, layers=tuple(layers))
+
+
+def test_a_deep_model_has_a_heat_map() -> None:
+    """Layer 2's k, whose error alone is not known, has a number below only."""
+    names = [f"model.{i}.{kind}" for i in range(5) for kind in ("q", "k")]
+    for metric in ("sqnr", "mse", "cosine", "custom"):
+        deep = _deep(names, metric)
+        found = places(deep)
+        assert found is not None
+        assert {kind: sorted(layers) for kind, layers in found.items()} == {
+            "model.*.q": [0, 1, 2, 3, 4],
+            "model.*.k": [0, 1, 2, 3, 4],
+        }
+        assert found["model.*.k"][3].row.name == "model.3.k"
+        text = deep.to_html()
+        assert text.count("<svg") == 4
+        assert "<image" not in text
+        page = _Page()
+        page.feed(text)
+        assert page.open == []
+    texts = re.findall(r"<text[^>]*>(\d\d\.\d)</text>", _deep(names).to_html())
+    assert "22.0" in texts  # accumulated
+    assert "32.0" not in texts
+    assert "33.0" in texts  # alone
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["up", "down", "left", "right", "head"],
+        ["MatMul_17", "MatMul_230", "MatMul_901", "MatMul_1301", "MatMul_2000"],
+        ["a.0.q", "a.1.q", "a.2.q"],
+        ["layer1.q", "layer2.q", "layer3.q", "layer4.q", "layer5.q"],
+    ],
+)
+def test_names_without_layers_have_none(names: list[str]) -> None:
+    deep = _deep(names)
+    assert places(deep) is None
+    assert deep.to_html().count("<svg") == 3
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
