@@ -52,6 +52,7 @@ examples:
   qcompiler compile smollm2/ -o out --scheme w8a8-dynamic --seq-len 512 --limit 32 --calibration wiki.txt
   qcompiler compile minilm/ -o out --calibration text.txt --ignore '*.layer.5.output.*'
   qcompiler compile minilm/ -o out --calibration text.txt --passes 'smooth{alpha=0.5},annotate,insert,fold'
+  qcompiler compile minilm/ -o out --calibration text.txt --max-drop sqnr=26
   qcompiler compile model.onnx -o out --scheme w8a8-dynamic --target 'onnx{form=qoperator}'"""
 
 _ANALYZE = """\
@@ -101,6 +102,7 @@ def _compile(options: argparse.Namespace) -> None:
         output=options.output,
         passes=options.passes,
         ignore=tuple(options.ignore),
+        max_drop=_max_drop(options.max_drop) if options.max_drop is not None else None,
         seed=options.seed,
         limit=options.limit,
         seq_len=options.seq_len,
@@ -215,6 +217,14 @@ def _shape(text: str) -> Shape:
     return tuple(int(part) for part in text.split("x"))
 
 
+def _max_drop(text: str) -> dict[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return {name: float(number)}
+    except ValueError:
+        raise OptionError(f"cannot read --max-drop {text!r}: write METRIC=LIMIT, like sqnr=26.") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -245,6 +255,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("src", metavar="SRC", help=_SRC)
     sub.add_argument("-o", "--output", metavar="OUT", required=True, help="the folder to make; it must not exist")
     _quantize_options(sub)
+    sub.add_argument(
+        "--max-drop",
+        metavar="METRIC=LIMIT",
+        help="as fast as this allows, checked on held-back calibration samples: sqnr=DB at least, or at most "
+        "cosine=1-COS, kl=NATS a token, perplexity=RELATIVE increase",
+    )
     _data_options(sub)
     sub.add_argument("--force", action="store_true", help="replace a compiled model at OUT")
     sub.add_argument("--dump", metavar="DIR", help="also save the model after each pass, here")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -122,6 +123,10 @@ class Quantization(Protocol):
     def group_size(self) -> int | None: ...
 
 
+Times = tuple[tuple[int, int, float], ...]
+"""(in_features, out_features, microseconds) of the Linears that were measured."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One way in which a target runs a quantized Linear.
@@ -134,6 +139,7 @@ class Kernel:
         speed: against the target's float32 MatMul, on the machine of the cost table (higher is faster); None: not in
             the table, because there is nothing to choose from.
         group_sizes: of the weights and activations that it takes in groups.
+        times: what it takes for as many rows (tokens) as the target is tuned for; empty: it was not measured.
     """
 
     name: str
@@ -144,6 +150,19 @@ class Kernel:
     dynamic: bool
     speed: float | None
     group_sizes: tuple[int, ...] = ()
+    times: Times = ()
+
+    def runs(self, weight: Quantization, activation: Quantization | None) -> bool:
+        """Whether it takes a weight and an input quantized so; activation None: an input in float."""
+        read = ("float", "", False)
+        if activation is not None:
+            read = (activation.dtype, activation.granularity, activation.dynamic)
+        sizes = {spec.group_size for spec in (weight, activation) if spec is not None} - {None}
+        return (
+            (self.weight_dtype, self.weight_granularity) == (weight.dtype, weight.granularity)
+            and (self.activation_dtype, self.activation_granularity, self.dynamic) == read
+            and sizes <= set(self.group_sizes)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,24 +173,45 @@ class Capability:
         target: the target's name.
         kernels: the quantized Linears it has.
         reduce_range: True where u8 x s8 products saturate in 16 bits (x86 without VNNI): weights then keep 7 bits.
+        float_times: what its float32 MatMul takes, as ``Kernel.times``.
     """
 
     target: str
     kernels: tuple[Kernel, ...]
     reduce_range: bool = False
+    float_times: Times = ()
 
     def runs(self, weight: Quantization, activation: Quantization | None) -> bool:
         """Whether any kernel takes a weight and an input quantized so; activation None: an input in float."""
-        read = ("float", "", False)
-        if activation is not None:
-            read = (activation.dtype, activation.granularity, activation.dynamic)
-        sizes = {spec.group_size for spec in (weight, activation) if spec is not None} - {None}
-        return any(
-            (k.weight_dtype, k.weight_granularity) == (weight.dtype, weight.granularity)
-            and (k.activation_dtype, k.activation_granularity, k.dynamic) == read
-            and sizes <= set(k.group_sizes)
-            for k in self.kernels
+        return any(kernel.runs(weight, activation) for kernel in self.kernels)
+
+    def microseconds(
+        self, in_features: int, out_features: int, quantization: tuple[Quantization, Quantization | None] | None
+    ) -> float:
+        """What a Linear takes, by its fastest kernel for (weight, activation), or in float (None).
+
+        Of the nearest measured shape (in the logarithms), in proportion to in_features x out_features.
+
+        Raises:
+            TargetError: no such kernel was measured.
+        """
+        tables = (
+            [self.float_times]
+            if quantization is None
+            else [kernel.times for kernel in self.kernels if kernel.runs(*quantization)]
         )
+        found = [_scaled(times, in_features, out_features) for times in tables if times]
+        if not found:
+            what = (
+                "float Linears" if quantization is None else f"weight {quantization[0]}, activation {quantization[1]}"
+            )
+            raise TargetError(f"target {self.target!r} has no measured times of {what}: choose a target that has them.")
+        return min(found)
+
+
+def _scaled(times: Times, in_features: int, out_features: int) -> float:
+    nearest = min(times, key=lambda t: (math.log(t[0] / in_features) ** 2 + math.log(t[1] / out_features) ** 2, t))
+    return nearest[2] * (in_features * out_features) / (nearest[0] * nearest[1])
 
 
 # --- the one text spelling of passes, observers and their options: ``name{key=value,key=value}`` ---------------------

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler import passes as pass_table
+from qcompiler.budget import Budget, check_budget
 from qcompiler.core import (
     Capability,
     ModelError,
@@ -22,6 +23,8 @@ from qcompiler.core import (
 )
 from qcompiler.frontends import Source, open_data, open_source
 from qcompiler.frontends.data import Batches
+from qcompiler.frontends.holdout import hold_back
+from qcompiler.frontends.inputs import Inputs
 from qcompiler.graph.linear import linears
 from qcompiler.passes.base import Context, Pass
 from qcompiler.passes.pipeline import Pipeline
@@ -29,10 +32,12 @@ from qcompiler.report import build as build_report
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.artefact import refuse_existing
 from qcompiler.runtime.compiled import CompiledModel
+from qcompiler.runtime.drop import MaxDrop, float_outputs
 from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme, resolve
 from qcompiler.targets import make_target
-from qcompiler.targets.ort.readback import integer_coverage
+from qcompiler.targets.base import Lowered
+from qcompiler.targets.ort.readback import Coverage, integer_coverage
 
 
 def compile(
@@ -44,6 +49,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     passes: str | None = None,
     ignore: Sequence[str] = (),
+    max_drop: Any = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     seed: int = 0,
@@ -67,6 +73,11 @@ def compile(
         output: a folder to save to; it must not exist, unless ``force``.
         passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
         ignore: globs over Linear names that stay in float.
+        max_drop: what may be lost at most, as one metric and its limit: ``{"sqnr": 26}`` (dB at least),
+            ``{"cosine": 0.002}`` (1 - cosine), ``{"kl": 0.01}`` (nats a token), ``{"perplexity": 0.01}`` (relative
+            increase), or ``(callable, limit)``: the callable takes float outputs, quantized outputs and feeds of one
+            batch and returns what it loses. Each site is then static, dynamic or float, as fast as the limit allows.
+            A quarter of the calibration samples is held back, and the limit holds on it with a margin.
         example_inputs, dynamic_shapes: for torch modules where they cannot be derived.
         seed: for every random choice.
         limit, seq_len: how many calibration samples, of how many tokens.
@@ -82,6 +93,7 @@ def compile(
         QCompilerError: one of its kinds, with one sentence, where model, data or options cannot be used.
     """
     chosen = resolve(scheme, tuple(ignore))
+    allowed = MaxDrop.parse(max_drop) if max_drop is not None else None
     backend = make_target(target)
     capability = backend.capability()
     check_target(chosen, capability)
@@ -95,6 +107,7 @@ def compile(
         stages,
         calibration=calibration,
         passes=passes,
+        allowed=allowed,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
         seed=seed,
@@ -104,26 +117,31 @@ def compile(
         dump=dump,
         trust_remote_code=trust_remote_code,
     )
-    source, batches, work = ready.source, ready.batches, ready.work
-    canonical_quantized = work.model.clone()
-    with stages("lower"):
-        lowered = backend.lower(work.model)
-        coverage = integer_coverage(work.model, lowered, canonical_quantized)
+    source, batches = ready.source, ready.batches
+
+    def finish(work: Pipeline) -> _Finished:
+        quantized = work.model.clone()
+        with stages("lower"):
+            lowered = backend.lower(work.model)
+            return _Finished(work, quantized, lowered, integer_coverage(work.model, lowered, quantized))
+
+    finished = finish(ready.work) if ready.budget is None else ready.budget.spend(ready.work, ready.passes, finish)
+    work = finished.work
     with stages("report"):
         report = build_report(
             float_model=ready.float_model,
             transformed_model=work.transformed,
-            quantized_model=canonical_quantized,
+            quantized_model=finished.quantized,
             lowered_model=work.model,
-            notes=(*source.notes, *work.notes, *lowered.notes),
+            notes=(*source.notes, *work.notes, *finished.lowered.notes),
             plans=tuple(work.plans),
-            coverage=coverage,
+            coverage=finished.coverage,
             batches=batches,
             seconds=stages.seconds,
         )
     compiled = CompiledModel(
         model=work.model,
-        recipe=_recipe(source, chosen, ready.passes, target, backend.tables(), batches, seed),
+        recipe=_recipe(source, chosen, ready.passes, target, backend.tables(), batches, seed, allowed),
         report=report,
         plans=tuple(work.plans),
         tokenizer=source.tokenizer,
@@ -143,6 +161,7 @@ class Quantized:
         passes: what ran after ``normalise``.
         float_model: the canonical float graph, before any of them.
         work: the fake-quant graph (``work.model``), the float graph that it is compared with, notes and plans.
+        budget: what runs the passes where a loss is allowed: ``work`` is the canonical float graph then. None: none is.
     """
 
     source: Source
@@ -150,6 +169,17 @@ class Quantized:
     passes: Sequence[Pass]
     float_model: ir.Model
     work: Pipeline
+    budget: Budget | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """A model through all passes and lowered, and the canonical graph that it was lowered from."""
+
+    work: Pipeline
+    quantized: ir.Model
+    lowered: Lowered
+    coverage: Coverage
 
 
 def run_passes(
@@ -160,6 +190,7 @@ def run_passes(
     *,
     calibration: Any = None,
     passes: str | None = None,
+    allowed: MaxDrop | None = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     seed: int = 0,
@@ -169,9 +200,14 @@ def run_passes(
     dump: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Quantized:
-    """Open a model and its data and run the pipeline up to the fake-quant graph; arguments as of :func:`compile`."""
+    """Open a model and its data and run the pipeline up to the fake-quant graph; arguments as of :func:`compile`.
+
+    Where a loss is ``allowed``, the passes are left to the budget that is returned.
+    """
     spelled = passes if passes is not None else default_passes(scheme, calibration is not None)
     pipeline = pass_table.parse_pipeline(spelled)
+    if allowed is not None:
+        check_budget(scheme, pipeline, calibration is not None)
     with stages("open"):
         source = open_source(
             model,
@@ -182,9 +218,13 @@ def run_passes(
         batches = None
         if calibration is not None:
             batches = open_data(calibration, source, limit=limit, seq_len=seq_len, batch_size=batch_size)
+        search, validation = batches, None
+        if allowed is not None and batches is not None:
+            allowed.check(source.kind, float_outputs(source.model))
+            search, validation = hold_back(batches, Inputs(source.model), seed)
     work = Pipeline(
         source.model,
-        batches,
+        search,
         Context(scheme, capability, seed),
         stages=stages,
         progress=stages.progress,
@@ -197,9 +237,12 @@ def run_passes(
         )
     _check_ignore(work.model, scheme)
     canonical_float = work.model.clone()
-    for item in pipeline:
+    budget = None
+    if allowed is not None and search is not None and validation is not None:
+        budget = Budget(allowed, canonical_float, search, validation, scheme, capability, stages)
+    for item in pipeline if budget is None else ():
         work.apply(item)
-    return Quantized(source, batches, pipeline, canonical_float, work)
+    return Quantized(source, batches, pipeline, canonical_float, work, budget)
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
@@ -237,6 +280,7 @@ def _recipe(
     tables: Mapping[str, str],
     batches: Batches | None,
     seed: int,
+    allowed: MaxDrop | None,
 ) -> dict[str, Any]:
     """What makes this artefact again, as JSON-ready data; the same input gives the same recipe."""
     return {
@@ -249,4 +293,5 @@ def _recipe(
         "tables": dict(tables),
         "seed": seed,
         "calibration": {"samples": batches.samples} if batches is not None else None,
+        "max_drop": {"metric": allowed.name, "limit": allowed.limit} if allowed is not None else None,
     }

@@ -282,3 +282,14 @@ def test_bad_options_of_the_other_commands(
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1
+
+
+def test_max_drop(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compile(model, tmp_path / "out", data, "--quiet", "--max-drop", "sqnr=20") == 0
+    text = capsys.readouterr().out
+    assert "sqnr=20 holds" in text
+    assert "samples that the search did not see" in " ".join(text.split())
+    for given, words in (("sqnr", "write METRIC=LIMIT"), ("sqnr=x", "write METRIC=LIMIT"), ("snr=2", "'sqnr'")):
+        assert _compile(model, tmp_path / "none", data, "--quiet", "--max-drop", given) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -106,6 +106,12 @@ def decision(linear: Linear) -> tuple[TensorSpec, str] | None:
     return (TensorSpec(**json.loads(text)), linear.matmul.metadata_props.get(_WHY, "")) if text is not None else None
 
 
+def forget_decision(linear: Linear) -> None:
+    """Take back what :func:`leave_decision` wrote."""
+    for key in (_ACTIVATION, _WHY):
+        linear.matmul.metadata_props.pop(key, None)
+
+
 def with_margin(spec: TensorSpec, margin: float) -> TensorSpec:
     """A static min-max spec with this margin on its range; other observers set their range themselves."""
     if spec.dynamic or spec.observer != "minmax" or margin == 1:

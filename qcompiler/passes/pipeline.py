@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +17,7 @@ from qcompiler.graph.canonical import check
 from qcompiler.graph.run import Feeds, save_model
 from qcompiler.graph.verify import compare_outputs
 from qcompiler.passes.base import Context, Pass
+from qcompiler.scheme import Scheme
 
 COMPARED_BATCHES = 2
 FLOAT_TOLERANCE = 1e-4
@@ -54,6 +57,16 @@ class Pipeline:
         self._batches, self._context = batches, context
         self._stages, self._progress = stages, progress
         self._dump, self._count = dump, 0
+
+    def fork(self, scheme: Scheme | None = None) -> Pipeline:
+        """A copy at this point of the way; with another ``scheme`` than the run's it is a trial, neither shown nor
+        timed nor dumped."""
+        fork = copy.copy(self)
+        fork.model, fork.notes, fork.plans = self.model.clone(), list(self.notes), list(self.plans)
+        fork._context = dataclasses.replace(self._context, scheme=scheme or self._context.scheme)
+        if scheme is not None:
+            fork._stages, fork._progress, fork._dump = lambda name: nullcontext(), False, None
+        return fork
 
     def apply(self, item: Pass) -> None:
         """Collect what the pass wants, run it, and check what it left.

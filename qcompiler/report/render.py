@@ -25,6 +25,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
         lines.append(("integer coverage", f"{report.coverage_body:.1%}{head}"))
     for name, value in report.output_sqnr_db.items():
         lines.append((f"SQNR of {name}", f"{value:.1f} dB ({report.samples} calibration samples)"))
+    lines += [(note.node, f"{note.what}: {note.why}") for note in report.notes if note.node == "max_drop"]
     if report.seconds:
         stages = ", ".join(f"{name} {took:.1f}" for name, took in report.seconds.items())
         lines.append(("seconds", f"{sum(report.seconds.values()):.1f} ({stages})"))

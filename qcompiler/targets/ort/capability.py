@@ -34,7 +34,7 @@ def capability(rows: int, vnni: bool | None = None) -> Capability:
     """The kernels with their speeds from the cost table.
 
     Args:
-        rows: tokens in one run, for which speeds are given.
+        rows: tokens in one run, for which speeds and times are given.
         vnni: False asks for weights that are safe on x86 without VNNI, True for the full range; None: as this
             machine is.
     """
@@ -53,10 +53,12 @@ def capability(rows: int, vnni: bool | None = None) -> Capability:
                         activation_granularity="per_token" if granularity == "per_token" else "per_tensor",
                         dynamic=granularity != "static",
                         speed=round(speed, 2),
+                        times=costs.times(rows, granularity, name),
                     )
                 )
     kernels += block_kernels("MatMulNBits", ("float", "", False), dict.fromkeys((2, 4, 8), BLOCK_SIZES))
     # At 2 bits and blocks of 16, accuracy level 4 does not quantize the input: it multiplies in float after all.
     integers = {2: BLOCK_SIZES[1:], 4: BLOCK_SIZES, 8: BLOCK_SIZES}
     kernels += block_kernels("MatMulNBits", ("int8", "per_group", True), integers)
-    return Capability("ort-cpu", tuple(kernels), reduce_range=saturates() if vnni is None else not vnni)
+    reduce_range = saturates() if vnni is None else not vnni
+    return Capability("ort-cpu", tuple(kernels), reduce_range, float_times=costs.times(rows))

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompiler.core import ArtefactError
+from qcompiler.core import ArtefactError, Times
 
 VERSION = 1
 DEFAULT = Path(__file__).with_name("costs.json")
@@ -54,6 +54,15 @@ class CostTable:
             times, key=lambda shape: (sum(math.log(a / b) ** 2 for a, b in zip(shape, wanted, strict=True)), shape)
         )
         return self.floats[nearest] / times[nearest]
+
+    def times(self, rows: int, granularity: str | None = None, kernel: str = "") -> Times:
+        """(in_features, out_features, µs) of one kernel, or of the float product (None), for that many rows.
+
+        Of the nearest measured number of rows, in proportion.
+        """
+        times = self.floats if granularity is None else self.kernels[f"{granularity}/{kernel}"]
+        nearest = min({shape[0] for shape in times}, key=lambda measured: (abs(math.log(measured / rows)), measured))
+        return tuple((k, n, time * rows / measured) for (measured, k, n), time in times.items() if measured == nearest)
 
     def fastest(self, granularity: str, rows: int, in_features: int, out_features: int) -> str:
         """The kernel to use; the first of equals in :data:`KERNELS`."""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qcompiler.core import ArtefactError
+from qcompiler.scheme import PRESETS
 from qcompiler.targets.ort import OrtCpu
 from qcompiler.targets.ort.capability import saturates
 from qcompiler.targets.ort.costs import DEFAULT, KERNELS, CostTable, load_costs
@@ -95,3 +96,24 @@ def test_capability_says_what_runs():
 def test_the_shipped_table_is_laid_out_as_measure_writes_it():
     text = DEFAULT.read_text()
     assert layout(json.loads(text)) == text
+
+
+def test_times_are_of_the_nearest_rows_in_proportion():
+    costs = table(**{"static/MatMulIntegerToFloat": (25.0, 8.0)})
+    assert costs.times(512, "static", "MatMulIntegerToFloat") == ((64, 64, 12.5),)
+    assert costs.times(2, "static", "MatMulIntegerToFloat") == ((64, 64, 16.0),)
+    assert costs.times(1024) == ((64, 64, 100.0),)
+
+
+@pytest.mark.parametrize("rows", [1024, 128, 16, 1])
+def test_the_capability_predicts_what_was_measured(rows):
+    costs, capability = load_costs(), OrtCpu(rows=rows).capability()
+    scheme = PRESETS["w8a8"]
+    for k, n in ((384, 1536), (768, 3072)):
+        specs = (scheme.activation, scheme.fallback)
+        static, dynamic = (capability.microseconds(k, n, (scheme.weight, spec)) for spec in specs)
+        per_token = (costs.kernels[f"per_token/{name}"][rows, k, n] for name in KERNELS["per_token"])
+        assert capability.microseconds(k, n, None) == pytest.approx(costs.floats[rows, k, n])
+        assert static == pytest.approx(costs.kernels["static/MatMulIntegerToFloat"][rows, k, n])
+        assert dynamic == pytest.approx(min(per_token))
+    assert capability.microseconds(384, 1920, None) == pytest.approx(1.25 * costs.floats[rows, 384, 1536])
