@@ -120,6 +120,17 @@ def test_float_linears_have_a_reason_and_no_error() -> None:
     assert len(found.worst()) == len(LINEARS) - 2
 
 
+@pytest.mark.parametrize(
+    ("scheme", "bits", "decibels"), [("w8a8-dynamic", (8, 8), 30), ("w4a8", (4, 8), 15), ("w2a16", (2, 32), 1)]
+)
+def test_every_kind_of_scheme_is_told_alone_too(scheme: str, bits: tuple[int, int], decibels: float) -> None:
+    found = qcompiler.analyze(block(), scheme=scheme, data=list(batches()), progress=False)
+    for layer in found.layers:
+        assert layer.bits == bits
+        assert layer.alone is not None
+        assert decibels < layer.alone.sqnr_db < decibels + 20
+
+
 def test_json_is_plain_and_the_same_every_time(found: Analysis) -> None:
     text = found.to_text()
     data = json.loads(text, parse_constant=lambda word: pytest.fail(word))
