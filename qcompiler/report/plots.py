@@ -65,7 +65,7 @@ def require_matplotlib() -> None:
 def error_figure(analysis: Analysis) -> Figure:
     """The error of each quantized Linear in graph order, alone and accumulated."""
     layers = [layer for layer in analysis.layers if layer.accumulated is not None]
-    with new_figure(11, 4.6 if len(layers) <= NAMED else 3.8) as figure:
+    with new_figure(11, 4.6) as figure:
         axes = figure.subplots()
         places = np.arange(len(layers))
         for label, colour, marker, errors in (
@@ -88,7 +88,7 @@ def error_figure(analysis: Analysis) -> Figure:
 
 def bits_figure(analysis: Analysis) -> Figure:
     """Bits of each Linear's weight and activation, coloured by how their scales come about."""
-    with new_figure(11, 4.4 if len(analysis.layers) <= NAMED else 3.6) as figure:
+    with new_figure(11, 4.8) as figure:
         from matplotlib.patches import Patch
 
         above, below = figure.subplots(2, 1, sharex=True)
@@ -97,7 +97,7 @@ def bits_figure(analysis: Analysis) -> Figure:
             specs = [getattr(layer.row, what) for layer in analysis.layers]
             colours = [KINDS[_kind(spec)] for spec in specs]
             axes.bar(places, [layer.bits[index] for layer in analysis.layers], width=0.8, color=colours)
-            axes.set_ylabel(f"{what}, bits")
+            axes.set_ylabel(f"{what}\nbits")
             axes.set_yscale("log", base=2)
             axes.set_ylim(1, 40)
             axes.set_yticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
