@@ -80,7 +80,7 @@ class Budget:
             plan = self._plan(work, tail)
         for number in range(plan.first, min(plan.first + TRIES, len(plan.states))):
             trial = work.fork()
-            decide(trial.model, plan.sites, plan.states[number], plan.made, plan.reasons(self.scheme))
+            decide(trial.model, plan.sites, plan.states[number], plan.made, plan.reasons(self._names))
             for item in tail:
                 trial.apply(item)
             finished = finish(trial)
@@ -90,11 +90,16 @@ class Budget:
                 return finished
         raise self._refusal(verdict, "lowered, the model")
 
+    @property
+    def _names(self) -> list[str]:
+        """Of the options, float first."""
+        return ["float", *map(describe, options(self.scheme, self.capability))]
+
     def _plan(self, work: Pipeline, tail: Sequence[Pass]) -> Plan:
         """Try the sites of a model one by one and together, as ``tail`` would quantize them."""
         found = sites(work.model, self.scheme, self.capability)
         made, versions = [], []
-        for option in options(self.scheme):
+        for option in options(self.scheme, self.capability):
             trial = work.fork(option)
             prepare(trial.model, option)
             for item in tail:
@@ -170,7 +175,7 @@ class Budget:
         )
 
     def _notes(self, plan: Plan, number: int, verdict: Verdict) -> list[Note]:
-        names = ("float", *map(describe, options(self.scheme)))
+        names = self._names
         state = plan.states[number]
         counts = ", ".join(f"{state.count(i)} {name}" for i, name in enumerate(names) if state.count(i))
         whole = ", ".join(f"{plan.cost([i] * len(state)):.0f} all {name}" for i, name in enumerate(names))
@@ -220,9 +225,8 @@ class Plan:
         """Predicted microseconds of the Linears."""
         return sum(site.microseconds[option] for site, option in zip(self.sites, state, strict=True))
 
-    def reasons(self, scheme: Scheme) -> list[str]:
+    def reasons(self, names: Sequence[str]) -> list[str]:
         """For each site, what was chosen from."""
-        names = ("float", *map(describe, options(scheme)))
         told = []
         for site, errors in zip(self.sites, self.errors, strict=True):
             choices = zip(names, errors, site.microseconds, strict=True)

@@ -185,6 +185,10 @@ class Capability:
         """Whether any kernel takes a weight and an input quantized so; activation None: an input in float."""
         return any(kernel.runs(weight, activation) for kernel in self.kernels)
 
+    def measured(self, weight: Quantization, activation: Quantization | None) -> bool:
+        """Whether any kernel that :meth:`runs` them has times."""
+        return any(kernel.times and kernel.runs(weight, activation) for kernel in self.kernels)
+
     def microseconds(
         self, in_features: int, out_features: int, quantization: tuple[Quantization, Quantization | None] | None
     ) -> float:

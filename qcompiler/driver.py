@@ -76,8 +76,8 @@ def compile(
         max_drop: what may be lost at most, as one metric and its limit: ``{"sqnr": 26}`` (dB at least),
             ``{"cosine": 0.002}`` (1 - cosine), ``{"kl": 0.01}`` (nats a token), ``{"perplexity": 0.01}`` (relative
             increase), or ``(callable, limit)``: the callable takes float outputs, quantized outputs and feeds of one
-            batch and returns what it loses. Each site is then static, dynamic or float, as fast as the limit allows.
-            A quarter of the calibration samples is held back, and the limit holds on it with a margin.
+            batch and returns what it loses. Each site is then static, dynamic, in groups or float, as fast as the limit
+            allows. A quarter of the calibration samples is held back, and the limit holds on it with a margin.
         example_inputs, dynamic_shapes: for torch modules where they cannot be derived.
         seed: for every random choice.
         limit, seq_len: how many calibration samples, of how many tokens.

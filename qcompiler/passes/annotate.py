@@ -58,7 +58,8 @@ class Annotate(Pass):
                 spec, why = self._judge(group, stats, ctx) if self._judges(ctx.scheme) else (ctx.scheme.activation, "")
                 leave_decision(group, spec, why)
         for linear in chosen:
-            linear.matmul.metadata_props[_WEIGHT] = json.dumps(dataclasses.asdict(ctx.scheme.weight))
+            if _WEIGHT not in linear.matmul.metadata_props:
+                leave_weight(linear, ctx.scheme.weight)
             spec_and_why = decision(linear)
             if spec_and_why is not None and spec_and_why[1]:
                 notes.append(Note(linear.name, f"activation {spec_and_why[0]}", spec_and_why[1]))
@@ -89,6 +90,11 @@ class Annotate(Pass):
             alphas=(),
             reduce_range=ctx.capability.reduce_range,
         )
+
+
+def leave_weight(linear: Linear, spec: TensorSpec) -> None:
+    """Write on a Linear how its weight is to be quantized; what is there already, ``annotate`` leaves."""
+    linear.matmul.metadata_props[_WEIGHT] = json.dumps(dataclasses.asdict(spec))
 
 
 def annotated(linear: Linear) -> tuple[TensorSpec | None, TensorSpec | None]:

@@ -9,11 +9,21 @@ import onnx_ir as ir
 
 from qcompiler.core import Capability
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.passes.annotate import annotated, leave_weight
 from qcompiler.passes.judging import by_input, decision, forget_decision, keep_float, leave_decision, quantized
 from qcompiler.scheme import Scheme, TensorSpec
 
 FLOAT = 0
 """The option "float"; option i > 0 is the i-th of :func:`options`."""
+
+
+FINER = (
+    (
+        TensorSpec("int8", granularity="per_group", group_size=128),
+        TensorSpec("int8", granularity="per_group", group_size=128, dynamic=True),
+    ),
+)
+"""(weight, activation) with more scales than 8-bit schemes have themselves: slower, and nearer to float."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +39,18 @@ class Site:
     microseconds: tuple[float, ...]
 
 
-def options(scheme: Scheme) -> tuple[Scheme, ...]:
-    """The ways in which this scheme may quantize a site, each as a scheme that quantizes every site so.
+def options(scheme: Scheme, capability: Capability) -> tuple[Scheme, ...]:
+    """The ways in which a site may be quantized, each as a scheme that quantizes every site so.
 
-    A new way (more bits, say) is one more scheme here, for a weight and an activation that the target has kernels for.
+    Those of the scheme itself; and, where the target has a measured kernel for it, finer scales: a new way is one more
+    scheme in :data:`FINER`.
     """
     found = [dataclasses.replace(scheme, fallback=None)]
     if scheme.fallback is not None:
         found.append(dataclasses.replace(scheme, activation=scheme.fallback, fallback=None))
+    for weight, activation in FINER:
+        if capability.measured(weight, activation) and scheme.weight.bits == weight.bits:
+            found.append(dataclasses.replace(scheme, weight=weight, activation=activation, fallback=None))
     return tuple(found)
 
 
@@ -58,7 +72,7 @@ def _site(group: Sequence[Linear], scheme: Scheme, capability: Capability) -> Si
     # One quantization of the input serves them all: one wide product is nearer to what they take than several.
     shape = group[0].in_features, sum(linear.out_features for linear in group)
     times = [capability.microseconds(*shape, None)]
-    for option in options(scheme):
+    for option in options(scheme, capability):
         assert option.activation is not None
         times.append(capability.microseconds(*shape, (option.weight, option.activation)))
     return Site(tuple(linear.name for linear in group), tuple(times))
@@ -72,13 +86,14 @@ def prepare(model: ir.Model, option: Scheme) -> None:
             forget_decision(linear)
 
 
-Decisions = Mapping[str, TensorSpec]
-"""How the input of each Linear is quantized, by its name."""
+Decisions = Mapping[str, tuple[TensorSpec, TensorSpec]]
+"""How weight and input of each Linear are quantized, by its name."""
 
 
 def decisions(model: ir.Model) -> Decisions:
     """What ``annotate`` decided, margins included."""
-    return {linear.name: made[0] for linear in linears(model) if (made := decision(linear)) is not None}
+    found = {linear.name: annotated(linear) for linear in linears(model)}
+    return {name: (weight, spec) for name, (weight, spec) in found.items() if weight is not None and spec is not None}
 
 
 def decide(
@@ -97,7 +112,9 @@ def decide(
             if option == FLOAT:
                 keep_float(linear.matmul, why)
             else:
-                leave_decision([linear], made[option - 1][linear.name], why)
+                weight, activation = made[option - 1][linear.name]
+                leave_weight(linear, weight)
+                leave_decision([linear], activation, why)
 
 
 def _alike(a: TensorSpec, b: TensorSpec) -> bool:

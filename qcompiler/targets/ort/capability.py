@@ -60,5 +60,9 @@ def capability(rows: int, vnni: bool | None = None) -> Capability:
     # At 2 bits and blocks of 16, accuracy level 4 does not quantize the input: it multiplies in float after all.
     integers = {2: BLOCK_SIZES[1:], 4: BLOCK_SIZES, 8: BLOCK_SIZES}
     kernels += block_kernels("MatMulNBits", ("int8", "per_group", True), integers)
+    for name in KERNELS["per_token"][1:]:  # the same operator, with weights of 8 bits: its time is known
+        size = int(name.rpartition(".g")[2])
+        times = costs.times(rows, "per_token", name)
+        kernels.append(Kernel("MatMulNBits", "int8", "per_group", "int8", "per_group", True, None, (size,), times))
     reduce_range = saturates() if vnni is None else not vnni
     return Capability("ort-cpu", tuple(kernels), reduce_range, float_times=costs.times(rows))
