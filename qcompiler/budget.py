@@ -16,13 +16,13 @@ from qcompiler.numerics.budget import first_safe, spread, taken, upgrades
 from qcompiler.passes.base import Pass
 from qcompiler.passes.budget import FLOAT, Decisions, Site, decide, decisions, describe, options, prepare, sites
 from qcompiler.passes.pipeline import Pipeline
-from qcompiler.report.errors import sliced
+from qcompiler.report.errors import fixed_batch, sliced
 from qcompiler.runtime.drop import Drop, MaxDrop, Verdict
 from qcompiler.scheme import Scheme
 
 NOTE = "max_drop"
-TOKENS = 512
-"""Rows (tokens) of the search samples that single sites are tried on: their order is all that these decide."""
+SAMPLES, TOKENS = 64, 512
+"""Samples, and rows (tokens) in all, that single sites are tried on: their order is all that these decide."""
 POINTS, COARSE = 64, 8
 """How many states between the cheapest and the best are looked at: each COARSE-th first, then those before the first
 that holds."""
@@ -120,7 +120,8 @@ class Budget:
     def _errors(self, switch: Switch, found: Sequence[Site]) -> list[list[float]]:
         """What the model loses with one site alone quantized, by site and option."""
         drops = [[Drop(self.allowed.ordering()) for _ in site.microseconds] for site in found]
-        for feeds in sliced(self.search, TOKENS, rows=TOKENS, total=TOKENS):
+        whole = fixed_batch(self.float_model)
+        for feeds in sliced(self.search, SAMPLES, rows=TOKENS, total=TOKENS, whole=whole):
             reference = switch(feeds, [FLOAT] * len(found))
             for number, site in enumerate(drops):
                 for option, drop in enumerate(site):

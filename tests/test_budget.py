@@ -16,6 +16,7 @@ from qcompiler.core import DataError, OptionError, TargetError
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.runtime.drop import Verdict
 from qcompiler.scheme import PRESETS
+from tests.graph.tiny import tiny
 from tests.passes.blocks import HELD_OUT, batches, block
 from tests.passes.blocks import outputs as outputs_of
 
@@ -180,3 +181,13 @@ _FLOAT_INPUTS = dataclasses.replace(PRESETS["w8a8"], name="weights", activation=
 def test_what_cannot_be_is_refused(options: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         compiled(**{"max_drop": {"sqnr": 30}, **options})
+
+
+def test_a_model_of_one_size_of_batch() -> None:
+    """Whole batches are held back, and none is cut."""
+    text = "g (float[2,S,16] x) => (float[2,S,8] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((16, 24), np.float32), "v": rng.standard_normal((24, 8), np.float32)}
+    data = [{"x": rng.standard_normal((2, 5, 16), np.float32)} for _ in range(20)]
+    model = qcompiler.compile(tiny(text, weights), calibration=data, max_drop={"sqnr": 30}, progress=False)
+    assert "10 samples that the search did not see" in told(model)["sqnr=30 holds"]
