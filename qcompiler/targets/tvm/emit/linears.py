@@ -1,0 +1,186 @@
+"""Linears and the quantization of their inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.core import Note
+from qcompiler.graph.edit import array_of
+from qcompiler.graph.functions import is_call
+from qcompiler.graph.linear import Linear
+from qcompiler.targets.tvm.builder import f32
+from qcompiler.targets.tvm.emit.builder import Builder, Tensor
+from qcompiler.targets.tvm.emit.dims import Size
+from qcompiler.targets.tvm.emit.fusion import Fused, is_static
+from qcompiler.targets.tvm.isa import Isa
+from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
+from qcompiler.targets.tvm.kernels.epilogue import Epilogue
+from qcompiler.targets.tvm.kernels.quantize import Quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """A quantized activation.
+
+    Attributes:
+        values: [m, padded K].
+        sizes: the shape of the float value.
+        scales: "static", "tensor" or "row", as :class:`qcompiler.targets.tvm.kernels.gemm_int8.GemmInt8` has it.
+        scale, zero_point: where they are static.
+        x_scale, x_zero: tensors where they are not.
+    """
+
+    values: Tensor
+    sizes: tuple[Size, ...]
+    scales: str
+    scale: float = 1.0
+    zero_point: int = 0
+    x_scale: Tensor | None = None
+    x_zero: Tensor | None = None
+
+
+GRANULARITY = {"FakeQuant": "static", "FakeQuantPerTensor": "tensor", "FakeQuantPerToken": "row"}
+
+
+def padded(features: Size, isa: Isa) -> int:
+    """K as integers are stored."""
+    assert isinstance(features, int)
+    return -(-features // isa.group) * isa.group
+
+
+def static_steps(quant: ir.Node) -> tuple[float, int]:
+    """Scale and zero point of a static fake-quant, on the grid 0 … 255."""
+    scale, zero = array_of(quant.inputs[1]), array_of(quant.inputs[2])
+    assert scale is not None
+    assert zero is not None
+    signed = zero.dtype == np.int8
+    return float(scale.reshape(())), int(zero.reshape(())) + (128 if signed else 0)
+
+
+def steps_tensor(builder: Builder, quant: ir.Node) -> Tensor:
+    """Scale and zero point as the kernels' argument."""
+    name = f"{quant.inputs[1].name if quant.inputs[1] else ''}.steps"
+    return builder.constant(name, np.array(static_steps(quant), np.float32))
+
+
+def quantize(builder: Builder, quant: ir.Node, x: Tensor) -> Integers:
+    """The integers of a fake-quant call."""
+    rows, granularity = builder.rows(x), GRANULARITY[quant.op_type]
+    (m, count), isa = rows.sizes, builder.isa
+    assert isinstance(count, int)
+    kernel = Quantize(count, granularity)
+    values = ((m, padded(count, isa)), isa.activation)
+    if granularity == "static":
+        (q,) = builder.call(kernel, [rows, steps_tensor(builder, quant)], [values])
+        return Integers(q, x.sizes, granularity, *static_steps(quant))
+    scales = (m if granularity == "row" else 1,)
+    q, x_scale, x_zero = builder.call(kernel, [rows], [values, (scales, "float32"), (scales, "int32")])
+    return Integers(q, x.sizes, granularity, x_scale=x_scale, x_zero=x_zero)
+
+
+def restored(builder: Builder, x: Integers) -> Tensor:
+    """scale · (q - zero_point) in float: for what reads a fake-quant and is no 8-bit Linear."""
+    count = x.sizes[-1]
+    tensors = [x.values, *(t for t in (x.x_scale, x.x_zero) if t is not None)]
+
+    def body(buffers: Any, index: Any) -> Any:
+        steps = buffers[0][tuple(index)].astype("float32")
+        if x.scales == "static":
+            return (steps - f32(x.zero_point)) * f32(x.scale)
+        which = index[0] if x.scales == "row" else 0
+        return (steps - buffers[2][which].astype("float32")) * buffers[1][which]
+
+    rows = builder.compute("restored", (x.values.sizes[0], count), "float32", tensors, body)
+    return builder.view(rows, x.sizes)
+
+
+def refusal(linear: Linear) -> str | None:
+    """Why a Linear has no 8-bit product; None where it has one."""
+    weight, quant = linear.weight_quant, linear.activation_quant
+    if weight is None:
+        return "it is float"
+    if weight.op_type != "DequantizeLinear":
+        return "its weight is not folded to integers"
+    scale, zeros = (
+        array_of(value) for value in (weight.inputs[1], weight.inputs[2] if len(weight.inputs) > 2 else None)
+    )
+    array = array_of(linear.weight)
+    if array is None or array.dtype != np.int8 or weight.attributes.get_int("block_size", 0):
+        return "its weight is not int8 by channel"
+    if scale is None or scale.size not in (1, linear.out_features) or (zeros is not None and zeros.any()):
+        return "its weight is not symmetric by channel"
+    if quant is None:
+        return "its input is float"
+    if is_call(quant, "FakeQuant") and not is_static(quant):
+        return "its input has more than one static scale"
+    return None
+
+
+def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residual: Tensor | None) -> Tensor:
+    """The product of quantized x; the result has the shape of the Linear's output, or is [m, N] integers."""
+    linear, isa = fused.linear, builder.isa
+    weight = array_of(linear.weight)
+    assert weight is not None
+    assert linear.weight_quant is not None
+    scale = array_of(linear.weight_quant.inputs[1])
+    assert scale is not None
+    w_scale = np.broadcast_to(scale.astype(np.float32).reshape(-1), linear.out_features)
+    sums = weight.sum(axis=0, dtype=np.int32)
+    name = linear.weight.name or linear.name
+    inputs = [x.values, builder.constant(f"{name}.packed", gemm_int8.pack(weight, isa))]
+    if x.scales == "static":
+        offset, scale = sums * np.int32(x.zero_point), w_scale * np.float32(x.scale)
+    else:
+        offset, scale = sums, w_scale
+    for suffix, vector in (("offset", offset), ("scale", scale)):
+        inputs.append(builder.constant(f"{linear.name}.{suffix}", gemm_int8.pad_columns(vector, isa)))
+    inputs += [tensor for tensor in (x.x_scale, x.x_zero) if tensor is not None]
+    epilogue = _epilogue(builder, fused, bias, residual, inputs, gemm_int8.pad_columns)
+    kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales, epilogue)
+    return _call(builder, kernel, inputs, x.values.sizes[0], (*x.sizes[:-1], linear.out_features))
+
+
+def emit_float(
+    builder: Builder, fused: Fused, x: Tensor, weight: npt.NDArray[Any], bias: Any, residual: Tensor | None
+) -> Tensor:
+    """The product of float x."""
+    linear, isa = fused.linear, builder.isa
+    rows = builder.rows(x)
+    name = linear.weight.name or linear.name
+    inputs = [rows, builder.constant(f"{name}.float", gemm_f32.pack(weight, isa))]
+    epilogue = _epilogue(builder, fused, bias, residual, inputs, gemm_int8.pad_columns)
+    kernel = gemm_f32.GemmF32(linear.in_features, linear.out_features, epilogue)
+    return _call(builder, kernel, inputs, rows.sizes[0], (*x.sizes[:-1], linear.out_features))
+
+
+def _epilogue(
+    builder: Builder, fused: Fused, bias: Any, residual: Tensor | None, inputs: list[Tensor], pad: Any
+) -> Epilogue:
+    """The epilogue, its arguments appended to ``inputs``."""
+    if bias is not None:
+        inputs.append(builder.constant(f"{fused.linear.name}.bias", pad(bias.astype(np.float32), builder.isa)))
+    if residual is not None:
+        inputs.append(builder.rows(residual))
+    if fused.requantize is not None:
+        inputs.append(steps_tensor(builder, fused.requantize))
+    return Epilogue(bias is not None, fused.activation, residual is not None, fused.requantize is not None)
+
+
+def _call(builder: Builder, kernel: Any, inputs: list[Tensor], m: Size, sizes: tuple[Size, ...]) -> Tensor:
+    dtype = kernel.epilogue.dtype(builder.isa.activation)
+    (y,) = builder.call(kernel, inputs, [((m, sizes[-1]), dtype)])
+    return y if kernel.epilogue.quantized else builder.view(y, sizes)
+
+
+def kernel_note(fused: Fused, reason: str | None, isa: Isa) -> Note:
+    """What became of a Linear, for the report."""
+    after = [name for name in (fused.activation, "residual" if fused.residual is not None else "") if name]
+    if fused.requantize is not None:
+        after.append("quantize")
+    what = f"int8 GEMM ({isa.dot})" if reason is None else "float GEMM"
+    return Note(fused.linear.name, what, reason or f"fused: {', '.join(['dequantize', *after])}")

@@ -1,0 +1,134 @@
+"""Vector units: how many lanes, and how each multiplies 8-bit integers.
+
+A *dot* multiplies ``group`` neighbouring values of an activation row with the same rows of ``lanes`` weight columns and
+adds them to ``lanes`` int32 sums. All are exact:
+
+- ``vnni``: vpdpbusd, u8 x s8 in groups of four.
+- ``maddubs``: vpmaddubsw, then vpmaddwd by ones. Pairs are summed in 16 bits with saturation, so that the weights must
+  satisfy |w[2i]| + |w[2i + 1]| <= 128 (7-bit weights do).
+- ``maddwd``: vpmaddwd on 16-bit activations and widened weights, in groups of two: the full range without VNNI.
+- ``plain``: LLVM's own vector arithmetic, for any machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.core import TargetError
+
+_MADDUBS = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"}
+_MADDWD = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+_VPDPBUSD = {8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"}
+
+DOTS = ("vnni", "maddubs", "maddwd", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Isa:
+    """A processor as the kernels see it.
+
+    Attributes:
+        cpu: LLVM's name of the processor, e.g. "znver4".
+        dot: one of :data:`DOTS`.
+        lanes: 32-bit lanes of a vector.
+        registers: vector registers: what tiles of accumulators must fit in.
+    """
+
+    cpu: str
+    dot: str
+    lanes: int
+    registers: int
+
+    @property
+    def group(self) -> int:
+        """Neighbouring values of K that one dot takes."""
+        return 4 if self.dot in ("vnni", "maddubs") else 2
+
+    @property
+    def activation(self) -> str:
+        """The type that quantized activations are stored in: always the numbers 0 … 255."""
+        return "uint8" if self.group == 4 else "int16"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and vectors of columns of one tile of accumulators (measured: best of 3x4, 4x2, 6x2, 8x2, 4x4)."""
+        return (8, 2) if self.registers >= 32 else (6, 2)
+
+    def target(self) -> Any:
+        """The TVM target."""
+        return tvm.target.Target({"kind": "llvm", "mcpu": self.cpu})
+
+    def multiply_add(self, sums: Any, activation: Any, weights: Any) -> Any:
+        """The dot.
+
+        Args:
+            sums: int32 x lanes.
+            activation: ``group`` values of type :attr:`activation`, as one int32.
+            weights: int8 x (lanes * group), as :func:`qcompiler.targets.tvm.kernels.gemm_int8.pack` lays them out.
+        """
+        lanes = self.lanes
+        spread = T.broadcast(activation, lanes)
+        if self.dot == "vnni":
+            bytes_ = T.reinterpret(spread, dtype=f"int8x{4 * lanes}")
+            return _intrinsic(_VPDPBUSD[lanes], f"int32x{lanes}", sums, bytes_, weights)
+        if self.dot == "maddubs":
+            bytes_ = T.reinterpret(spread, dtype=f"int8x{4 * lanes}")
+            pairs = _intrinsic(_MADDUBS[lanes], f"int16x{2 * lanes}", bytes_, weights)
+            ones = T.broadcast(tirx.const(1, "int16"), 2 * lanes)
+            return sums + _intrinsic(_MADDWD[lanes], f"int32x{lanes}", pairs, ones)
+        words = T.reinterpret(spread, dtype=f"int16x{2 * lanes}")
+        wide = T.cast(weights, f"int16x{2 * lanes}")
+        if self.dot == "maddwd":
+            return sums + _intrinsic(_MADDWD[lanes], f"int32x{lanes}", words, wide)
+        low = T.cast(T.Shuffle([wide], list(range(0, 2 * lanes, 2))), f"int32x{lanes}")
+        high = T.cast(T.Shuffle([wide], list(range(1, 2 * lanes, 2))), f"int32x{lanes}")
+        first, second = (activation << 16) >> 16, activation >> 16
+        return sums + T.broadcast(first, lanes) * low + T.broadcast(second, lanes) * high
+
+
+def _intrinsic(name: str, dtype: str, *arguments: Any) -> Any:
+    return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *arguments, dtype=dtype)
+
+
+def detect(cpu: str | None = None) -> Isa:
+    """The Isa of a processor, its fastest dot that takes all weights.
+
+    Args:
+        cpu: LLVM's name; None: this machine's. ("native" would silently become a generic one.)
+
+    Raises:
+        TargetError: LLVM does not know the name.
+    """
+    name = cpu or str(tvm.target.codegen.llvm_get_system_cpu())
+    if not tvm.target.codegen.llvm_is_valid_cpu(name, tvm.target.codegen.llvm_get_system_triple()):
+        raise TargetError(f"LLVM knows no processor {name!r}: take one that `llc -mcpu=help` lists, e.g. 'znver4'.")
+    target = tvm.target.Target({"kind": "llvm", "mcpu": name})
+
+    def has(*features: str) -> bool:
+        return all(tvm.target.codegen.llvm_cpu_has_features(feature, target) for feature in features)
+
+    if has("avx512f", "avx512bw", "avx512vl"):
+        return Isa(name, "vnni" if has("avx512vnni") else "maddwd", 16, 32)
+    if has("avx2", "fma"):
+        return Isa(name, "vnni" if has("avxvnni") else "maddwd", 8, 16)
+    return Isa(name, "plain", 4, 16)
+
+
+def fits_maddubs(weight: npt.NDArray[Any]) -> bool:
+    """Whether no pair of this weight [in, out] can saturate: 255 · (|w[2i]| + |w[2i + 1]|) <= 32767."""
+    magnitude = np.abs(weight.astype(np.int32))
+    if len(magnitude) % 2:
+        magnitude = np.concatenate([magnitude, np.zeros_like(magnitude[:1])])
+    return bool((magnitude[0::2] + magnitude[1::2] <= 128).all())
+
+
+def with_narrow_weights(isa: Isa) -> Isa:
+    """The faster Isa for weights that all satisfy :func:`fits_maddubs`."""
+    return dataclasses.replace(isa, dot="maddubs") if isa.dot == "maddwd" else isa

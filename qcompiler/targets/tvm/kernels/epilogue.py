@@ -1,0 +1,110 @@
+"""What happens to the sums of a Linear before they are written: bias, activation, residual, quantization."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.targets.tvm.builder import Kernel, at, cast, f32, lanes_of, local, spread, store
+from qcompiler.targets.tvm.isa import Isa
+from qcompiler.targets.tvm.vecmath import ACTIVATIONS, round_even
+
+STEPS = (2,)
+"""Shape of the argument that a static quantization is given as: float32 (scale, zero_point)."""
+
+
+def quantize(x: Any, steps: Any, dtype: str) -> Any:
+    """0 … 255: round(x / scale) + zero_point, ties to even, saturated (before rounding, which is the same).
+
+    Args:
+        x: a vector.
+        steps: the buffer of shape :data:`STEPS`.
+        dtype: the type that activations are stored in.
+    """
+    lanes = lanes_of(x)
+    scale, zero_point = spread(steps[0], lanes), spread(steps[1], lanes)
+    inside = tirx.min(tirx.max(x / scale, f32(0.0, lanes) - zero_point), f32(255.0, lanes) - zero_point)
+    return cast(cast(round_even(inside) + zero_point, "int32"), dtype)
+
+
+def quantize_reference(x: npt.NDArray[np.float32], scale: float, zero_point: int) -> npt.NDArray[np.float32]:
+    """:func:`quantize` in numpy."""
+    return np.clip(np.rint(x / np.float32(scale)) + zero_point, 0, 255).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """In this order: + bias[n], activation, + residual[m, n], quantize.
+
+    Attributes:
+        bias: whether the kernel takes a bias [n].
+        activation: a name of :data:`qcompiler.targets.tvm.vecmath.ACTIVATIONS`, or "".
+        residual: whether the kernel takes a residual of the output's shape.
+        quantized: whether the output is quantized by ``steps`` (:data:`STEPS`), an argument; else it is float32.
+    """
+
+    bias: bool = False
+    activation: str = ""
+    residual: bool = False
+    quantized: bool = False
+
+    def dtype(self, activation_dtype: str) -> str:
+        """Of the output."""
+        return activation_dtype if self.quantized else "float32"
+
+    def apply(self, value: Any, residual: Any, steps: Any, dtype: str) -> Any:
+        """What follows the bias, of one vector; ``residual`` (a vector) and ``steps`` are None where there are none."""
+        if self.activation:
+            value = ACTIVATIONS[self.activation](value)
+        if residual is not None:
+            value = value + residual
+        return quantize(value, steps, dtype) if self.quantized else value
+
+
+PLAIN = Epilogue()
+"""Nothing but writing."""
+
+
+class Finisher:
+    """Binds the arguments of an epilogue and writes one vector of an output [m, N] at a time.
+
+    Args:
+        epilogue: what to do.
+        kernel, m, isa: where the arguments go; bias is [``padded``], residual and y are [m, N].
+        out_features, padded: N, and N rounded up to whole tiles.
+    """
+
+    def __init__(self, epilogue: Epilogue, kernel: Kernel, m: Any, isa: Isa, out_features: int, padded: int) -> None:
+        self.epilogue, self.out_features = epilogue, out_features
+        self.ragged = padded != out_features
+        self.bias = kernel.argument("bias", (padded,)) if epilogue.bias else None
+        self.residual = kernel.argument("residual", (m, out_features)) if epilogue.residual else None
+        self.steps = kernel.argument("steps", STEPS) if epilogue.quantized else None
+        self.dtype = epilogue.dtype(isa.activation)
+        self.y = kernel.argument("y", (m, out_features), self.dtype)
+
+    def write(self, row: Any, column: Any, value: Any) -> None:
+        """One vector of sums from this column on, or as much of it as there are columns."""
+        lanes = lanes_of(value)
+        if self.bias is not None:
+            value = value + self.bias[at(column, lanes)]
+        if not self.ragged:
+            self._store(row, column, lanes, value)
+            return
+        with T.If(column + lanes <= self.out_features):
+            with T.Then():
+                self._store(row, column, lanes, value)
+            with T.Else():
+                rest = local(lanes)
+                store(rest, [at(0, lanes)], value)
+                with T.serial(0, tirx.max(tirx.IntImm("int64", 0), self.out_features - column)) as lane:
+                    self._store(row, column + lane, 1, rest[lane])
+
+    def _store(self, row: Any, column: Any, lanes: int, value: Any) -> None:
+        residual = self.residual[row, at(column, lanes)] if self.residual is not None else None
+        store(self.y, [row, at(column, lanes)], self.epilogue.apply(value, residual, self.steps, self.dtype))

@@ -1,0 +1,144 @@
+"""Activations to integers 0 … 255, in the type and with the padding of K that the 8-bit GEMM reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from qcompiler.targets.tvm.builder import (
+    at,
+    cast,
+    columns,
+    f32,
+    horizontal,
+    i32,
+    kernel_named,
+    local,
+    size,
+    spread,
+    store,
+)
+from qcompiler.targets.tvm.isa import Isa
+from qcompiler.targets.tvm.kernels.epilogue import STEPS, quantize
+from qcompiler.targets.tvm.vecmath import round_even
+
+TINY = 1e-30
+"""What FakeQuantPerToken takes for a row of zeros."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """x [m, K] to integers [m, K rounded up to the dot's group]; the padding is 0.
+
+    Attributes:
+        in_features: K.
+        granularity: "static": (x, steps, q). "row": (x, q, x_scale [m], x_zero [m]): symmetric, max|row| / 127 about
+            128. "tensor": the same with one element each, asymmetric as ONNX's DynamicQuantizeLinear.
+    """
+
+    in_features: int
+    granularity: str = "static"
+
+    def build(self, isa: Isa, name: str) -> Any:
+        """The PrimFunc, with the arguments of the granularity."""
+        m, count = size("m"), self.in_features
+        padded = -(-count // isa.group) * isa.group
+        with kernel_named(name) as kernel:
+            x = kernel.argument("x", (m, count))
+            steps = kernel.argument("steps", STEPS) if self.granularity == "static" else None
+            q = kernel.argument("q", (m, padded), isa.activation)
+            if steps is None:
+                scales = m if self.granularity == "row" else 1
+                x_scale = kernel.argument("x_scale", (scales,))
+                x_zero = kernel.argument("x_zero", (scales,), "int32")
+            if self.granularity == "tensor":
+                self._tensor(isa, m, x, q, x_scale, x_zero, padded)
+            else:
+                with T.parallel(0, m) as row:
+                    if steps is not None:
+                        static_row(x, row, q, count, padded, steps, isa)
+                    else:
+                        symmetric_row(x, row, q, count, padded, x_scale, x_zero, isa)
+        return kernel.function
+
+    def _tensor(self, isa: Isa, m: Any, x: Any, q: Any, x_scale: Any, x_zero: Any, padded: int) -> None:
+        """The range, widened to hold 0, in 255 steps; a tensor of zeros has scale 1 and gives zeros."""
+        count = self.in_features
+        low, high = _range(x, m, count, isa)
+        spanned = high[0] - low[0]
+        store(x_scale, [0], tirx.Select(spanned > f32(0.0), spanned / f32(255.0), f32(1.0)))
+        zero = round_even(tirx.min(tirx.max(f32(0.0) - low[0] / x_scale[0], f32(0.0)), f32(255.0)))
+        store(x_zero, [0], cast(zero, "int32"))
+        with T.parallel(0, m) as row:
+
+            def body(c: Any, w: int) -> None:
+                value = round_even(x[row, at(c, w)] / spread(x_scale[0], w)) + spread(cast(x_zero[0], "float32"), w)
+                inside = tirx.min(tirx.max(value, f32(0.0, w)), f32(255.0, w))
+                store(q, [row, at(c, w)], cast(cast(inside, "int32"), isa.activation))
+
+            columns(count, isa.lanes, body)
+            pad(q, row, count, padded, isa.activation)
+
+
+def _range(x: Any, m: Any, count: int, isa: Isa) -> tuple[Any, Any]:
+    """Local buffers whose first element is min(x, 0) and max(x, 0)."""
+    low, high = local(isa.lanes), local(isa.lanes)
+    for buffer in (low, high):
+        store(buffer, [at(0, isa.lanes)], f32(0.0, isa.lanes))
+
+    with T.serial(0, m) as row:
+
+        def body(c: Any, w: int) -> None:
+            for buffer, combine in ((low, tirx.min), (high, tirx.max)):
+                store(buffer, [at(0, w)], combine(buffer[at(0, w)], x[row, at(c, w)]))
+
+        columns(count, isa.lanes, body)
+    for buffer, combine in ((low, tirx.min), (high, tirx.max)):
+        store(buffer, [0], horizontal(buffer, isa.lanes, combine))
+    return low, high
+
+
+def row_scale(x: Any, row: Any, count: int, isa: Isa) -> Any:
+    """max|row| / 127."""
+    largest = local(isa.lanes)
+    store(largest, [at(0, isa.lanes)], f32(0.0, isa.lanes))
+
+    def body(c: Any, w: int) -> None:
+        value = x[row, at(c, w)]
+        magnitude = tirx.max(value, f32(0.0, w) - value)
+        store(largest, [at(0, w)], tirx.max(largest[at(0, w)], magnitude))
+
+    columns(count, isa.lanes, body)
+    return tirx.max(horizontal(largest, isa.lanes, tirx.max), f32(TINY)) / f32(127.0)
+
+
+def static_row(x: Any, row: Any, q: Any, count: int, padded: int, steps: Any, isa: Isa) -> None:
+    """One row by a static scale and zero point."""
+
+    def body(c: Any, w: int) -> None:
+        store(q, [row, at(c, w)], quantize(x[row, at(c, w)], steps, isa.activation))
+
+    columns(count, isa.lanes, body)
+    pad(q, row, count, padded, isa.activation)
+
+
+def symmetric_row(x: Any, row: Any, q: Any, count: int, padded: int, x_scale: Any, x_zero: Any, isa: Isa) -> None:
+    """One row by its own scale: round(x / scale) + 128."""
+    store(x_scale, [row], row_scale(x, row, count, isa))
+    store(x_zero, [row], i32(128))
+
+    def body(c: Any, w: int) -> None:
+        steps = round_even(x[row, at(c, w)] / spread(x_scale[row], w)) + f32(128.0, w)
+        store(q, [row, at(c, w)], cast(cast(steps, "int32"), isa.activation))
+
+    columns(count, isa.lanes, body)
+    pad(q, row, count, padded, isa.activation)
+
+
+def pad(q: Any, row: Any, count: int, padded: int, dtype: str) -> None:
+    """Zeros behind a row."""
+    for column in range(count, padded):
+        store(q, [row, column], tirx.const(0, dtype))
