@@ -11,6 +11,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,6 +109,16 @@ class FoldPlan:
     proof: float = float("nan")
     why: str = ""
     rotation: npt.NDArray[np.float32] | None = None
+
+
+class Executable(Protocol):
+    """A compiled model that runs by itself: what a target makes that is no graph for ONNX Runtime."""
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]], threads: int = 0) -> dict[str, npt.NDArray[Any]]:
+        """The outputs by name; ``threads`` 0 leaves the number to the target."""
+
+    def save(self, folder: Path) -> None:
+        """Write what :meth:`qcompiler.targets.base.Target.load` reads, beside the model."""
 
 
 class Quantization(Protocol):

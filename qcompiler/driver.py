@@ -36,8 +36,7 @@ from qcompiler.runtime.drop import MaxDrop, float_outputs
 from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme, resolve
 from qcompiler.targets import make_target
-from qcompiler.targets.base import Lowered
-from qcompiler.targets.ort.readback import Coverage, integer_coverage
+from qcompiler.targets.base import Coverage, Lowered
 
 
 def compile(
@@ -67,7 +66,7 @@ def compile(
         model: torch.nn.Module, torch.export.ExportedProgram, path of an ``.onnx`` file or of a Hugging Face folder,
             onnx.ModelProto, or onnx_ir.Model. It is not changed.
         scheme: a preset's name (``qcompiler.scheme.PRESETS``) or a Scheme.
-        target: "ort-cpu", "onnx" or "onnx{form=qoperator}".
+        target: "ort-cpu", "onnx", "onnx{form=qoperator}" or "tvm-llvm".
         calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
             of sentences, or a folder of images. Dynamic schemes run without it (and without ``split`` and ``smooth``).
         output: a folder to save to; it must not exist, unless ``force``.
@@ -123,7 +122,7 @@ def compile(
         quantized = work.model.clone()
         with stages("lower"):
             lowered = backend.lower(work.model)
-            return _Finished(work, quantized, lowered, integer_coverage(work.model, lowered, quantized))
+            return _Finished(work, quantized, lowered, backend.coverage(work.model, lowered, quantized))
 
     finished = finish(ready.work) if ready.budget is None else ready.budget.spend(ready.work, ready.passes, finish)
     work = finished.work
@@ -138,6 +137,7 @@ def compile(
             coverage=finished.coverage,
             batches=batches,
             seconds=stages.seconds,
+            executable=finished.lowered.executable,
         )
     compiled = CompiledModel(
         model=work.model,
@@ -145,6 +145,7 @@ def compile(
         report=report,
         plans=tuple(work.plans),
         tokenizer=source.tokenizer,
+        executable=finished.lowered.executable,
     )
     if output is not None:
         compiled.save(output, force=force)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from qcompiler.core import FoldPlan, Note
+from qcompiler.core import Executable, FoldPlan, Note
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.run import Feeds
@@ -46,6 +46,7 @@ def build(
     seconds: Mapping[str, float] | None = None,
     samples: int = SAMPLES,
     threads: int = 0,
+    executable: Executable | None = None,
 ) -> Report:
     """Measure and tell.
 
@@ -61,13 +62,14 @@ def build(
         seconds: wall seconds of the stages so far.
         samples: how many calibration samples to measure on.
         threads: intra-op threads of the measurement.
+        executable: what runs in place of ``lowered_model``, where the target made something else than a graph.
     """
     errors: dict[str, LayerError] = {}
     outputs: dict[str, float] = {}
     seen = 0
     if batches is not None:
         errors, seen = layer_errors(transformed_model or float_model, quantized_model, batches, samples, threads)
-        outputs = output_errors(float_model, lowered_model, batches, samples, threads)
+        outputs = output_errors(float_model, executable or lowered_model, batches, samples, threads)
     kernels = coverage.kernels if coverage is not None else {}
     rows = tuple(
         linear_row(linear, errors.get(linear.name), kernels, notes, plans) for linear in linears(quantized_model)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.core import Executable
 from qcompiler.graph.run import Feeds, Runner
 from qcompiler.numerics.metrics import RowSumsMeter, SqnrMeter
 from qcompiler.report.side_by_side import ACCUMULATED, ALONE, row_sums, side_by_side
@@ -94,13 +95,19 @@ def error_meters(
 
 
 def output_errors(
-    float_model: ir.Model, lowered: ir.Model, batches: Iterable[Feeds], samples: int, threads: int = 0
+    float_model: ir.Model,
+    lowered: ir.Model | Executable,
+    batches: Iterable[Feeds],
+    samples: int,
+    threads: int = 0,
 ) -> dict[str, float]:
     """SQNR in dB of each float output of the lowered model, by name; masked rows do not count."""
-    reference, candidate = Runner(float_model, threads=threads), Runner(lowered, threads=threads, as_deployed=True)
+    reference = Runner(float_model, threads=threads)
+    runner = Runner(lowered, threads=threads, as_deployed=True) if isinstance(lowered, ir.Model) else None
     meters: dict[str, SqnrMeter] = {}
     for feeds in sliced(batches, samples, whole=fixed_batch(float_model)):
-        expected, got = reference(feeds), candidate(feeds)
+        expected = reference(feeds)
+        got = runner(feeds) if runner is not None else lowered.run(feeds, threads)  # type: ignore[union-attr]
         for name in reference.outputs:
             want, have = expected[name], got[name]
             if not np.issubdtype(want.dtype, np.floating):

@@ -22,7 +22,8 @@ REPORT = "report.json"
 REPORT_TEXT = "report.md"
 FOLDS = "folds.safetensors"
 TOKENIZER = "tokenizer.json"
-SIZED = (MODEL, DATA, FOLDS, TOKENIZER)
+LIBRARY, WEIGHTS, ENGINE = "model.so", "weights.safetensors", "engine.json"
+SIZED = (MODEL, DATA, FOLDS, TOKENIZER, LIBRARY, WEIGHTS, ENGINE)
 """Files whose size the recipe records, so that a truncated one is noticed."""
 
 

@@ -103,20 +103,32 @@ def bench(
     clock = time.process_time if threads == 1 else time.perf_counter
     options = session_options(threads)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    float_session, session = open_session(reference, options), compiled.session(options=options)
+    float_session, run = open_session(reference, options), _runner(compiled, options, threads)
     wanted = [value.name for value in float_session.get_inputs()]
     timings = []
     for shape, batch in zip(chosen, feeds, strict=True):
         arrays = {name: np.asarray(array) for name, array in batch.items()}
-        compiled.run(arrays, session_options=options)  # checks the feeds
-        timings.append(_time(shape, float_session, session, arrays, wanted, repeats, clock))
+        compiled.check(arrays)
+        timings.append(_time(shape, lambda f: float_session.run(None, f), run, arrays, wanted, repeats, clock))
     return BenchResult(threads, repeats, "CPU" if threads == 1 else "wall", tuple(timings))
+
+
+Run = Callable[[Mapping[str, Any]], Any]
+
+
+def _runner(compiled: CompiledModel, options: ort.SessionOptions, threads: int) -> Run:
+    """What runs the compiled model, in ONNX Runtime or by itself."""
+    executable = compiled.executable
+    if executable is not None:
+        return lambda feeds: executable.run(feeds, threads)
+    session = compiled.session(options=options)
+    return lambda feeds: session.run(None, feeds)
 
 
 def _time(
     shape: Shape,
-    reference: ort.InferenceSession,
-    compiled: ort.InferenceSession,
+    reference: Run,
+    compiled: Run,
     arrays: Mapping[str, Any],
     wanted: Sequence[str],
     repeats: int,
@@ -124,9 +136,9 @@ def _time(
 ) -> Timing:
     float_arrays = {name: arrays[name] for name in wanted}
 
-    def once(session: ort.InferenceSession, feeds: Mapping[str, Any]) -> float:
+    def once(run: Run, feeds: Mapping[str, Any]) -> float:
         start = clock()
-        session.run(None, feeds)
+        run(feeds)
         return (clock() - start) * 1e3
 
     pairs = [(once(reference, float_arrays), once(compiled, arrays)) for _ in range(repeats + WARM_UP)][WARM_UP:]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompiler.core import ArtefactError, DataError, FoldPlan, ModelError
+from qcompiler.core import ArtefactError, DataError, Executable, FoldPlan, ModelError, OptionError
 from qcompiler.graph.run import open_session, save_model, session_options
 from qcompiler.report.data import Report
 from qcompiler.report.render import to_markdown
@@ -34,6 +34,8 @@ class CompiledModel:
         plans: what the transforms folded or inserted.
         tokenizer: the source's tokenizer.json, copied along by :meth:`save`; None: there is none.
         path: the saved ``model.onnx`` where this was loaded from; None: in memory only.
+        executable: what runs, where the target makes something else than a graph for ONNX Runtime; then ``model`` is
+            the canonical quantized graph that it was made from.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class CompiledModel:
         plans: tuple[FoldPlan, ...] = (),
         tokenizer: Path | None = None,
         path: Path | None = None,
+        executable: Executable | None = None,
     ) -> None:
         self.model = model
         self.recipe = dict(recipe)
@@ -51,6 +54,7 @@ class CompiledModel:
         self.plans = tuple(plans)
         self.tokenizer = tokenizer
         self.path = path
+        self.executable = executable
         self._sessions: dict[int | ort.SessionOptions, ort.InferenceSession] = {}
 
     @property
@@ -70,21 +74,26 @@ class CompiledModel:
         threads: int = 0,
         session_options: ort.SessionOptions | None = None,
     ) -> dict[str, npt.NDArray[Any]]:
-        """Run once in ONNX Runtime.
+        """Run once, in ONNX Runtime or, where the target made one, in the executable.
 
         Args:
             feeds: an array for each input, by name.
-            threads: intra-op threads; 0 leaves the number to ONNX Runtime.
-            session_options: ONNX Runtime's own options, in place of ``threads``.
+            threads: intra-op threads; 0 leaves the number to ONNX Runtime or the executable.
+            session_options: ONNX Runtime's own options, in place of ``threads``; an executable has none.
 
         Returns:
             The outputs by name.
 
         Raises:
             DataError: names, ranks, dtypes or fixed dimensions do not fit the inputs.
-            ModelError: ONNX Runtime fails.
+            ModelError: ONNX Runtime or the executable fails.
+            OptionError: ``session_options`` for an executable.
         """
-        arrays = self._checked(feeds)
+        arrays = self.check(feeds)
+        if self.executable is not None:
+            if session_options is not None:
+                raise OptionError(f"session_options are ONNX Runtime's: {self.recipe.get('target')} has none.")
+            return self.executable.run(arrays, threads)
         session = self.session(threads, session_options)
         try:
             results = session.run(None, arrays)
@@ -117,6 +126,8 @@ class CompiledModel:
         folder = Path(folder)
         with artefact.replacing(folder, force) as partial:
             save_model(self.model, partial / artefact.MODEL)
+            if self.executable is not None:
+                self.executable.save(partial)
             artefact.save_plans(self.plans, partial / artefact.FOLDS)
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, partial / artefact.TOKENIZER)
@@ -141,7 +152,12 @@ class CompiledModel:
         except Exception as error:
             raise ArtefactError(f"ONNX Runtime cannot open {self.path}: {str(error).splitlines()[0]}") from error
 
-    def _checked(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def check(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """The feeds as arrays.
+
+        Raises:
+            DataError: names, ranks, dtypes or fixed dimensions do not fit the inputs.
+        """
         wanted = self.inputs
         missing, unknown = sorted(wanted.keys() - feeds.keys()), sorted(feeds.keys() - wanted.keys())
         if missing or unknown:

@@ -14,6 +14,7 @@ from qcompiler.report.data import Report
 from qcompiler.runtime import artefact
 from qcompiler.runtime.compiled import CompiledModel
 from qcompiler.runtime.recipe import migrate
+from qcompiler.targets import make_target
 
 
 def load(folder: str | os.PathLike[str]) -> CompiledModel:
@@ -36,6 +37,7 @@ def load(folder: str | os.PathLike[str]) -> CompiledModel:
     if not model.graph.outputs:  # bytes that are no ONNX model may parse as an empty protobuf message
         raise ArtefactError(f"{path} cannot be read as an ONNX model: it has no outputs.")
     tokenizer = folder / artefact.TOKENIZER
+    target = recipe.get("target")
     return CompiledModel(
         model=model,
         recipe=recipe,
@@ -43,6 +45,7 @@ def load(folder: str | os.PathLike[str]) -> CompiledModel:
         plans=artefact.load_plans(folder / artefact.FOLDS),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         path=path,
+        executable=make_target(target).load(folder) if isinstance(target, str) else None,
     )
 
 

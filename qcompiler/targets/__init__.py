@@ -8,6 +8,7 @@ from qcompiler.targets.base import Target
 TARGETS = {
     "ort-cpu": "qcompiler.targets.ort:OrtCpu",
     "onnx": "qcompiler.targets.portable:Portable",
+    "tvm-llvm": "qcompiler.targets.tvm:TvmLlvm",
 }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability, Kernel, Note
+from qcompiler.core import Capability, Executable, Kernel, Note
+from qcompiler.graph.heads import output_heads
+from qcompiler.graph.linear import linears
 
 
 def block_kernels(
@@ -28,16 +31,48 @@ def block_kernels(
 
 
 @dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Share of the Linears' multiplications (per token) that run in integer kernels.
+
+    Attributes:
+        body: of all Linears but output heads; 0 … 1.
+        head: of the output heads; None where the model has none.
+        kernels: Linear -> the operator that computes it.
+    """
+
+    body: float
+    head: float | None
+    kernels: dict[str, str]
+
+
+def coverage_of(canonical: ir.Model, kernel: Callable[[str], tuple[str, bool]]) -> Coverage:
+    """Count; ``kernel`` gives for the name of a Linear what computes it, and whether that multiplies in integers."""
+    heads = output_heads(canonical)
+    kernels: dict[str, str] = {}
+    done = {True: [0, 0], False: [0, 0]}  # is a head -> [integer, all]
+    for linear in linears(canonical):
+        kernels[linear.name], integer = kernel(linear.name)
+        work = linear.in_features * linear.out_features
+        counts = done[linear.name in heads]
+        counts[0] += work * integer
+        counts[1] += work
+    body, head = done[False], done[True]
+    return Coverage(body[0] / body[1] if body[1] else 0.0, head[0] / head[1] if head[1] else None, kernels)
+
+
+@dataclasses.dataclass(frozen=True)
 class Lowered:
     """What a lowering did.
 
     Attributes:
         nodes: name of each quantized Linear -> name of the lowered node that computes it (several may share one).
         notes: decisions: which kernel, which fusion, and what stayed as it was, with the reason.
+        executable: what runs; None: the lowered graph does, in ONNX Runtime.
     """
 
     nodes: Mapping[str, str]
     notes: tuple[Note, ...] = ()
+    executable: Executable | None = None
 
 
 class Target(abc.ABC):
@@ -55,4 +90,27 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def lower(self, model: ir.Model) -> Lowered:
-        """Rewrite the folded canonical graph in place to the target's operators; no function of ours is left."""
+        """Rewrite the folded canonical graph in place to the target's operators; no function of ours is left.
+
+        A target that makes an executable leaves the graph as it is: it stays the description of what runs.
+        """
+
+    def coverage(self, model: ir.Model, lowered: Lowered, canonical: ir.Model) -> Coverage:
+        """The share of integer work in what really runs; by default in the graph that ONNX Runtime makes of it.
+
+        Args:
+            model: the lowered model.
+            lowered: what :meth:`lower` said of it.
+            canonical: the canonical model that it was lowered from.
+        """
+        from qcompiler.targets.ort.readback import integer_coverage
+
+        return integer_coverage(model, lowered, canonical)
+
+    def load(self, folder: Path) -> Executable | None:
+        """What :meth:`Executable.save` wrote there; None for targets whose model.onnx is what runs.
+
+        Raises:
+            ArtefactError: it cannot be read, or does not run on this machine.
+        """
+        return None

@@ -27,6 +27,9 @@ _MADDUBS = {8: "llvm.x86.avx2.pmadd.ub.sw", 16: "llvm.x86.avx512.pmaddubs.w.512"
 _MADDWD = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 _VPDPBUSD = {8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.512"}
 
+FEATURES = ("sse4.2", "avx", "avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvnni")
+"""What tells processors apart here, as LLVM calls it."""
+
 DOTS = ("vnni", "maddubs", "maddwd", "plain")
 
 
@@ -58,7 +61,7 @@ class Isa:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and vectors of columns of one tile of accumulators (measured: best of 3x4, 4x2, 6x2, 8x2, 4x4)."""
+        """Rows and vectors of columns of one tile of accumulators."""
         return (8, 2) if self.registers >= 32 else (6, 2)
 
     def target(self) -> Any:
@@ -132,3 +135,16 @@ def fits_maddubs(weight: npt.NDArray[Any]) -> bool:
 def with_narrow_weights(isa: Isa) -> Isa:
     """The faster Isa for weights that all satisfy :func:`fits_maddubs`."""
     return dataclasses.replace(isa, dot="maddubs") if isa.dot == "maddwd" else isa
+
+
+def runs_here(isa: Isa) -> bool:
+    """Whether this machine has the instructions of code compiled for ``isa``.
+
+    Compared by the vector features that tell processors apart; code of a generic x86-64 runs on all of them.
+    """
+    cpu = str(tvm.target.codegen.llvm_get_system_cpu())
+    if cpu == isa.cpu:
+        return True
+    own, wanted = (tvm.target.Target({"kind": "llvm", "mcpu": name}) for name in (cpu, isa.cpu))
+    has = tvm.target.codegen.llvm_cpu_has_features
+    return all(has(feature, own) for feature in FEATURES if has(feature, wanted))

@@ -87,7 +87,7 @@ def quotient(a: Size, b: Size) -> Size:
                 raise ValueError(f"{a} / {b} is no polynomial")
             rest.remove(name)
         if count % number:
-            raise ValueError(f"{a} / {b} is not whole")
+            raise ValueError(f"{a} / {b} is no whole number")
         result[tuple(rest)] = count // number
     return _simple(result)
 
@@ -123,3 +123,21 @@ def _terms(size: Size) -> Mapping[Term, int]:
 def _simple(terms: Mapping[Term, int]) -> Size:
     kept = {term: number for term, number in terms.items() if number}
     return Dim(kept) if any(kept) else kept.get((), 0)
+
+
+def to_json(size: Size) -> Any:
+    """A number, or a list of [coefficient, symbol, symbol …]."""
+    return [[number, *term] for term, number in sorted(size.terms.items())] if isinstance(size, Dim) else int(size)
+
+
+def from_json(data: Any) -> Size:
+    """The size of :func:`to_json`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(data, int) and not isinstance(data, bool):
+        return data
+    if not isinstance(data, list) or not all(isinstance(item, list) and item for item in data):
+        raise ValueError(f"{data!r} is no size")
+    return Dim({tuple(map(str, term)): int(number) for number, *term in data})

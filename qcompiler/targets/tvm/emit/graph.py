@@ -137,8 +137,9 @@ class _Emitter:
             stored, scale = (array_of(v) for v in producer.inputs[:2])
             if stored is not None and scale is not None:
                 zero = array_of(producer.inputs[2]) if len(producer.inputs) > 2 else None
-                shaped = [_along(a, producer, stored.ndim) for a in (scale, np.zeros(1) if zero is None else zero)]
-                return dequantize(stored, *shaped)
+                if zero is None:
+                    zero = np.zeros(1, np.int8)
+                return dequantize(stored, _along(scale, producer, stored.ndim), _along(zero, producer, stored.ndim))
         return array
 
     def _open_tensor(self, array: Numbers, name: str) -> Tensor:
@@ -262,8 +263,8 @@ class _Emitter:
                 operands.append((builder.view(rows, (b, s, traced.count, self.facts[value.name or ""].shape[3])), True))
             else:
                 operands.append((self.tensor(traced.value), False))
-        key, value = ((t.sizes[2] if rows else t.sizes[1]) for t, rows in operands[1:])
-        if key != value:  # a repeat that was found on one side only
+        key_heads, value_heads = ((t.sizes[2] if rows else t.sizes[1]) for t, rows in operands[1:])
+        if key_heads != value_heads:  # a repeat that was found on one side only
             operands[1:] = [(self.tensor(v), False) for v in node.inputs[1:3]]
         mask = self.tensor(node.inputs[3]) if len(node.inputs) > 3 else None
         if mask is not None:

@@ -110,7 +110,7 @@ def refusal(linear: Linear) -> str | None:
         array_of(value) for value in (weight.inputs[1], weight.inputs[2] if len(weight.inputs) > 2 else None)
     )
     array = array_of(linear.weight)
-    if array is None or array.dtype != np.int8 or weight.attributes.get_int("block_size", 0):
+    if array is None or array.dtype != np.int8 or weight.attributes.get_int("block_size", 0) != 0:
         return "its weight is not int8 by channel"
     if scale is None or scale.size not in (1, linear.out_features) or (zeros is not None and zeros.any()):
         return "its weight is not symmetric by channel"

@@ -26,13 +26,13 @@ def _wanted(numbers: Sequence[Numbers | None], place: int, what: str) -> list[An
 
 
 def reshape(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:
-    wanted = _wanted(numbers, 1, "shape")
+    wanted = [_size(number) for number in _wanted(numbers, 1, "shape")]
     sizes = [inputs[0].sizes[i] if n == 0 else n for i, n in enumerate(wanted)]
-    if any(isinstance(n, int) and n == -1 for n in sizes):
+    if -1 in sizes:
         place = sizes.index(-1)
         rest = product([n for i, n in enumerate(sizes) if i != place])
         sizes[place] = quotient(product(inputs[0].sizes), rest)
-    return [builder.view(inputs[0], [_size(n) for n in sizes])]
+    return [builder.view(inputs[0], sizes)]
 
 
 def _size(number: Any) -> Size:
@@ -170,13 +170,14 @@ def _split(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: S
     elif isinstance(x.sizes[axis], int):
         each = -(-int(x.sizes[axis]) // len(node.outputs))  # type: ignore[arg-type]
         lengths = [each] * (len(node.outputs) - 1)
-        lengths.append(x.sizes[axis] - sum(lengths))  # type: ignore[arg-type]
+        lengths.append(x.sizes[axis] - sum(lengths))
     else:
         lengths = [quotient(x.sizes[axis], len(node.outputs))] * len(node.outputs)
-    parts, start = [], 0
+    parts: list[Tensor] = []
+    start: Size = 0
     for length in lengths:
         parts.append(cut(builder, x, axis, start, length))
-        start = start + length  # type: ignore[assignment]
+        start = start + length
     return parts
 
 
@@ -230,14 +231,15 @@ def _gather_nd(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], number
 
 def _range(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:
     start, limit, step = (_wanted(numbers, i, "limits")[0] for i in range(3))
-    if not np.isscalar(step) or int(step) != step or isinstance(start, float):
+    if any(not isinstance(number, int | np.integer | Dim) for number in (start, limit, step)) or isinstance(step, Dim):
         raise ValueError("it is a Range of other than whole steps")
+    stride: int = int(step)
     length: Size = _size(limit) - _size(start)
-    if int(step) != 1:
-        length = -(-length // int(step)) if isinstance(length, int) else quotient(length, int(step))
+    if stride != 1:
+        length = -(-length // stride) if isinstance(length, int) else quotient(length, stride)
 
     def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        return builder.expression(_size(start)) + index[0] * int(step)
+        return builder.expression(_size(start)) + index[0] * stride
 
     return [builder.compute("range", (length,), "int64", [], body, [_size(start)])]
 

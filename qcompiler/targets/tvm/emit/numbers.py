@@ -93,10 +93,11 @@ def _slice(node: ir.Node, inputs: Sequence[Numbers | None]) -> Any:
 
 
 def _range(node: ir.Node, inputs: Sequence[Numbers | None]) -> Any:
-    start, limit, step = (np.asarray(a) for a in inputs)
-    if any(is_open(a) for a in (start, limit, step)):
+    arrays = [np.asarray(a) for a in inputs]
+    if any(a.dtype.kind not in "iu" for a in arrays):  # open, or of other than whole steps
         raise TypeError
-    return np.arange(start[()], limit[()], step[()], dtype=start.dtype)
+    start, limit, step = (int(a.reshape(())) for a in arrays)
+    return np.arange(start, limit, step, dtype=arrays[0].dtype)
 
 
 def _divide(node: ir.Node, inputs: Sequence[Numbers | None]) -> Any:

@@ -52,7 +52,7 @@ def _l2(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequ
 def _cumsum(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:
     """Each element sums all before it: quadratic, which for a sequence of token positions is nothing."""
     x, axes = inputs[0], numbers[1]
-    if axes is None or node.attributes.get_int("exclusive", 0) or node.attributes.get_int("reverse", 0):
+    if axes is None or _flag(node, "exclusive") or _flag(node, "reverse"):
         raise ValueError("only a plain CumSum along a known axis is understood")
     axis = int(axes.reshape(-1)[0]) % len(x.sizes)
 
@@ -62,6 +62,10 @@ def _cumsum(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: 
         return te.sum(tirx.Select(k <= index[axis], value, tirx.const(0, x.dtype)), axis=k)
 
     return [builder.compute("cumsum", x.sizes, x.dtype, [x], body)]
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    return node.attributes.get_int(name, 0) != 0
 
 
 def _top_k(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:

@@ -76,7 +76,7 @@ class _Builder:
             self.q = operand(0, "q", a.heads, s, a.width)
             self.k = operand(1, "k", a.key_heads, t, a.width)
             self.v = operand(2, "v", a.key_heads, t, a.value_width)
-            self.mask = None
+            self.mask: Any = None
             if a.mask is not None:
                 sizes = zip((b, a.heads, s, t), a.mask, strict=True)
                 self.mask = kernel.argument("mask", [1 if broadcast else full for full, broadcast in sizes])

@@ -89,7 +89,8 @@ class _Builder:
             self.weight = kernel.argument("weight", panels, "int8")
             self.offset = kernel.argument("offset", (self.n,), "int32")
             self.scale = kernel.argument("scale", (self.n,))
-            self.x_scale = self.x_zero = None
+            self.x_scale: Any = None
+            self.x_zero: Any = None
             if gemm.scales != "static":
                 count = m if gemm.scales == "row" else 1
                 self.x_scale = kernel.argument("x_scale", (count,))
