@@ -25,6 +25,16 @@ MODELS = Path(os.environ.get("QCOMPILER_MODELS", Path.home() / ".cache" / "qcomp
 
 Feeds = dict[str, np.ndarray]
 
+_MOLECULES = """
+CC(=O)Oc1ccccc1C(=O)O CN1C=NC2=C1C(=O)N(C(=O)N2C)C CC(C)Cc1ccc(cc1)C(C)C(=O)O c1ccccc1O CCO
+CC(=O)NC1=CC=C(O)C=C1 C1CCCCC1N O=C(O)c1ccccc1 CCN(CC)CC CC(C)O O=C=O CC#N c1ccncc1 CN(C)C=O ClCCl CS(C)=O
+OCC(O)CO NC(=O)N CC(=O)C C1CCOC1 CC(C)(C)OC(=O)NCC(=O)O O=C(Cl)c1ccccc1 BrCc1ccccc1 Nc1ccc(Cl)cc1
+COc1ccc(C=O)cc1 OB(O)c1ccccc1 CC1(C)OB(B2OC(C)(C)C(C)(C)O2)OC1(C)C C[Si](C)(C)C#C FC(F)(F)c1ccccc1
+O=[N+]([O-])c1ccccc1 CCOC(=O)CC(=O)OCC c1ccc2[nH]ccc2c1
+"""
+SMILES = _MOLECULES.split()
+"""Small molecules, for models of chemistry."""
+
 RTN = Scheme(
     "rtn",
     weight=TensorSpec("int8", granularity="per_channel"),

@@ -177,14 +177,7 @@ def test_stories260k_goes_on_telling(stories260k: Path, tmp_path: Path) -> None:
         assert compiled.report.coverage_body >= 0.97
 
 
-_MOLECULES = """
-CC(=O)Oc1ccccc1C(=O)O CN1C=NC2=C1C(=O)N(C(=O)N2C)C CC(C)Cc1ccc(cc1)C(C)C(=O)O c1ccccc1O CCO
-CC(=O)NC1=CC=C(O)C=C1 C1CCCCC1N O=C(O)c1ccccc1 CCN(CC)CC CC(C)O O=C=O CC#N c1ccncc1 CN(C)C=O ClCCl CS(C)=O
-OCC(O)CO NC(=O)N CC(=O)C C1CCOC1 CC(C)(C)OC(=O)NCC(=O)O O=C(Cl)c1ccccc1 BrCc1ccccc1 Nc1ccc(Cl)cc1
-COc1ccc(C=O)cc1 OB(O)c1ccccc1 CC1(C)OB(B2OC(C)(C)C(C)(C)O2)OC1(C)C C[Si](C)(C)C#C FC(F)(F)c1ccccc1
-O=[N+]([O-])c1ccccc1 CCOC(=O)CC(=O)OCC c1ccc2[nH]ccc2c1
-"""
-SMILES = _MOLECULES.split()
+SMILES = protocol.SMILES
 
 
 def test_rxnmapper_calls_one_layer_twelve_times(rxnmapper: Path) -> None:
