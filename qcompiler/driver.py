@@ -68,7 +68,7 @@ def compile(
         scheme: a preset's name (``qcompiler.scheme.PRESETS``) or a Scheme.
         target: "ort-cpu", "onnx", "onnx{form=qoperator}" or "tvm-llvm".
         calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
-            of sentences, or a folder of images. Dynamic schemes run without it (and without ``split`` and ``smooth``).
+            of sentences, or a folder of images. Dynamic schemes run without it (without ``split`` and ``adaptive``).
         output: a folder to save to; it must not exist, unless ``force``.
         passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
         ignore: globs over Linear names that stay in float.
@@ -247,9 +247,9 @@ def run_passes(
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
-    """The pipeline of a scheme: ``split`` and ``smooth`` need calibration data, and activations that are quantized."""
+    """The pipeline of a scheme: ``split`` and ``adaptive`` need calibration data and quantized activations."""
     quantize = "annotate,insert,fold"
-    return f"split,smooth,{quantize}" if calibrated and scheme.activation is not None else quantize
+    return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 
 def check_target(scheme: Scheme, capability: Capability) -> None:

@@ -33,6 +33,8 @@ class TensorSpec:
         group_size: input channels that share a scale (per_group only).
         dynamic: the scale is computed at run time from the tensor itself.
         observer: spelling of the observer whose result sets a static scale.
+        zero_point: of asymmetric per-token scales, one integer for all rows; None: the middle of the dtype, or, where
+            there is calibration data, the one that suits a site's range best.
     """
 
     dtype: str = "int8"
@@ -41,6 +43,7 @@ class TensorSpec:
     group_size: int | None = None
     dynamic: bool = False
     observer: str = "minmax"
+    zero_point: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -55,6 +58,11 @@ class TensorSpec:
             raise OptionError(f"group_size={self.group_size!r} is no number of input channels: give 16, 32, 64 …")
         if self.granularity == "per_token" and not self.dynamic:
             raise OptionError("per_token scales are known at run time only: set dynamic=True.")
+        if self.zero_point is not None and (self.granularity != "per_token" or self.symmetric):
+            raise OptionError(f"zero_point={self.zero_point}: only asymmetric per_token scales have a fixed one.")
+        low, high = DTYPES[self.dtype]
+        if self.zero_point is not None and not low + 2 <= self.zero_point < high:
+            raise OptionError(f"zero_point={self.zero_point} leaves {self.dtype} no room on both sides of it.")
 
     @property
     def bits(self) -> int:
@@ -64,7 +72,8 @@ class TensorSpec:
     def __str__(self) -> str:
         kind = "dynamic" if self.dynamic else "static"
         size = f"({self.group_size})" if self.group_size else ""
-        return f"{self.dtype} {self.granularity}{size} {kind}"
+        zero = "" if self.zero_point is None else f" about {self.zero_point}"
+        return f"{self.dtype} {self.granularity}{size} {kind}{zero}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +133,8 @@ class Scheme:
 
 _WEIGHT = TensorSpec("int8", symmetric=True, granularity="per_channel")
 _STATIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor")
-_PER_TOKEN = TensorSpec("uint8", symmetric=True, granularity="per_token", dynamic=True)
+_PER_TOKEN = TensorSpec("uint8", symmetric=False, granularity="per_token", dynamic=True)
+_PER_TOKEN_SYMMETRIC = TensorSpec("uint8", symmetric=True, granularity="per_token", dynamic=True)
 _PER_TENSOR_DYNAMIC = TensorSpec("uint8", symmetric=False, granularity="per_tensor", dynamic=True)
 
 _INT8_GROUPS = TensorSpec("int8", granularity="per_group", group_size=32, dynamic=True)
@@ -140,7 +150,7 @@ PRESETS: Mapping[str, Scheme] = {
         Scheme("w8a8", _WEIGHT, _STATIC, fallback=_PER_TOKEN),
         Scheme("w8a8-dynamic", _WEIGHT, _PER_TOKEN),
         # SmoothQuant's efficiency levels (table 2 of the paper).
-        Scheme("w8a8-o1", _WEIGHT, _PER_TOKEN),
+        Scheme("w8a8-o1", _WEIGHT, _PER_TOKEN_SYMMETRIC),
         Scheme("w8a8-o2", _WEIGHT, _PER_TENSOR_DYNAMIC),
         Scheme("w8a8-o3", _WEIGHT, _STATIC),
         # Weights in groups (MatMulNBits): "a16" multiplies float activations, "a8" quantizes them in the same groups.

@@ -116,7 +116,7 @@ def test_a_callable() -> None:
 
 def test_transforms_run_before_it_and_the_same_input_gives_the_same_model() -> None:
     first, second = (compiled({"sqnr": 34}, passes=None) for _ in range(2))
-    assert first.recipe["passes"] == "split,smooth,annotate,insert,fold"
+    assert first.recipe["passes"] == "split,adaptive,annotate,insert,fold"
     assert json.dumps(first.recipe) == json.dumps(second.recipe)
     assert first.plans
     assert list(first.report.rows) == list(second.report.rows)

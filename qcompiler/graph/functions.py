@@ -17,8 +17,10 @@ Fake-quant (placed by ``insert``), each x -> dequantize(quantize(x)):
 - ``FakeQuantBlocks(w, scale, zero_point) {block_size, low, high}``: static, of a weight [in, out]; scale and
   zero_point [ceil(in / block_size), out], q clipped to [low, high].
 - ``FakeQuantPerTensor(x)``: dynamic asymmetric uint8, one scale a tensor (ONNX DynamicQuantizeLinear).
-- ``FakeQuantPerToken(x)``: dynamic symmetric, max|row| / 127 along the last axis.
-- ``FakeQuantPerGroup(x) {block_size}``: the same for each ``block_size`` channels; the last group may be short.
+- ``FakeQuantPerToken(x) {zero_point = 128}``: dynamic, for each row along the last axis the least scale whose integers
+  fit [1, 255] about the zero point: max|row| / 127 where that is 128.
+- ``FakeQuantPerGroup(x) {block_size}``: dynamic symmetric, max|x| / 127 for each ``block_size`` channels of a row; the
+  last group may be short.
 """
 
 from __future__ import annotations
@@ -103,14 +105,19 @@ _BODIES = {
         q, scale, zero_point = DynamicQuantizeLinear(x)
         y = DequantizeLinear(q, scale, zero_point)
     }""",
-    "FakeQuantPerToken": """(x) => (y) {
+    "FakeQuantPerToken": """<zero_point: float = 128.0>(x) => (y) {
         axes = Constant<value_ints: ints = [-1]>()
-        magnitude = Abs(x)
-        largest = ReduceMax<keepdims: int = 1>(magnitude, axes)
+        highest = ReduceMax<keepdims: int = 1>(x, axes)
+        lowest = ReduceMin<keepdims: int = 1>(x, axes)
+        middle = Constant<value_float: float = @zero_point>()
+        first = Constant<value_float: float = 1.0>()
+        last = Constant<value_float: float = 255.0>()
+        room_above = Sub(last, middle)
+        room_below = Sub(first, middle)
+        above = Div(highest, room_above)
+        below = Div(lowest, room_below)
         tiny = Constant<value_float: float = 1e-30>()
-        steps = Constant<value_float: float = 127.0>()
-        positive = Max(largest, tiny)
-        scale = Div(positive, steps)
+        scale = Max(above, below, tiny)
         grid = Div(x, scale)
         q = Round(grid)
         y = Mul(q, scale)
@@ -163,6 +170,12 @@ def ensure_function(model: ir.Model, name: str) -> None:
 def is_call(node: ir.Node | None, *names: str) -> bool:
     """Whether the node calls one of these functions of ours (any of them, if no name is given)."""
     return node is not None and node.domain == DOMAIN and (node.op_type in names or not names)
+
+
+def zero_point_of_rows(call: ir.Node) -> float:
+    """The zero point of a FakeQuantPerToken call."""
+    attribute = call.attributes.get("zero_point")
+    return attribute.as_float() if attribute is not None else 128.0
 
 
 def inline_functions(model: ir.Model) -> None:

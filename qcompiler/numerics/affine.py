@@ -107,24 +107,33 @@ def fake_quantize(x: Array, scale: npt.ArrayLike, zero_point: npt.ArrayLike, gro
 def fake_quantize_dynamic(x: Array, spec: TensorSpec) -> Array:
     """Quantize and dequantize with scales taken from x itself, as the run time does.
 
-    per_token takes max|row| / 127 of each row, per_group the same of each ``group_size`` columns (symmetric whatever
-    the spec says, as ``qcompiler::FakeQuantPerToken`` is), per_tensor one range of the array (DynamicQuantizeLinear).
+    per_token takes a scale for each row about the spec's zero point (as ``qcompiler::FakeQuantPerToken``), per_group
+    max|x| / 127 of each ``group_size`` columns, per_tensor one range of the array (DynamicQuantizeLinear).
     """
     x = np.asarray(x, np.float32)
     if spec.granularity == "per_tensor":
         scale, zero_point = scale_zero_point(x.min(), x.max(), spec)
         return fake_quantize(x, scale, zero_point)
     if spec.granularity == "per_token":
-        return _symmetric_rows(x)
+        return _rows_about(x, row_zero_point(spec))
     if spec.group_size is None:
         raise OptionError(f"activations cannot be quantized {spec.granularity} at run time.")
     edges = range(0, x.shape[-1], spec.group_size)
-    return np.concatenate([_symmetric_rows(x[..., start : start + spec.group_size]) for start in edges], axis=-1)
+    return np.concatenate([_rows_about(x[..., start : start + spec.group_size], 128) for start in edges], axis=-1)
 
 
-def _symmetric_rows(x: Array) -> Array:
-    largest = np.maximum(x.max(-1, keepdims=True), -x.min(-1, keepdims=True))
-    scale = np.maximum(largest, np.float32(1e-30)) / np.float32(127)
+def row_zero_point(spec: TensorSpec) -> int:
+    """The uint8 zero point of a spec's per-token scales; 128 is symmetric."""
+    if spec.zero_point is None:
+        return 128
+    return spec.zero_point + (128 if spec.dtype == "int8" else 0)
+
+
+def _rows_about(x: Array, zero_point: int) -> Array:
+    """The least scale of each row whose integers fit [1, 255] about the zero point."""
+    above, below = np.float32(255 - zero_point), np.float32(zero_point - 1)
+    reach = np.maximum(x.max(-1, keepdims=True) / above, -x.min(-1, keepdims=True) / below)
+    scale = np.maximum(reach, np.float32(1e-30))
     q = x / scale
     np.rint(q, out=q)
     q *= scale

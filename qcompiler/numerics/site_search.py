@@ -1,21 +1,20 @@
-"""Which smoothing scale, and which range, suits a site: judged on data that did not make them.
+"""Which scale, which shift, and which range or zero point suit a site: judged on data that did not make them.
 
-Scales that are judged on the rows that set them overfit: every site gains, and the model loses. So the scale and the
+Scales that are judged on the rows that set them overfit: every site gains, and the model loses. So scale, shift and
 range come from one fold of the calibration samples, the error from rows of the others; the final ones are made of all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.numerics.affine import fake_quantize_dynamic, integer_range, scale_zero_point
-from qcompiler.numerics.smoothing import rounded_weight, smoothing_scale
+from qcompiler.numerics.site_judge import Judge, Reader, Transform
+from qcompiler.numerics.smoothing import smoothing_scale
 from qcompiler.scheme import TensorSpec
 
 Array = npt.NDArray[Any]
@@ -24,34 +23,64 @@ Vector = npt.NDArray[np.float32]
 ALPHAS = (0.5, 0.65, 0.8, 0.9, 1.0)
 FLOORS = (2.0,)
 MARGINS = (1.0, 1.2, 1.5, 2.0)
+ZERO_POINTS = (128, 96, 64, 48, 32, 24, 16, 8, 160, 192, 208, 224, 240)
+SHIFTS = ("mean", "midpoint")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reader:
-    """One activation of a site, and the Linears that read it.
+class Channels:
+    """What is known of a site's channels, from one fold of the samples or from all.
 
     Attributes:
-        rows: float32 [n, K] sample of the activation.
-        fold: int [n], the fold of each row.
-        low, high: float32 [folds, K], extremes of each fold.
-        weight: float32 [K, N], the Linears' weights side by side.
-        columns: int [K], the site's channel that each feature carries (several may carry one), or -1: none.
+        low, high, mean: float32 [channels] of the activation.
+        weight: float32 [channels], max|W| over all Linears that read the channel; 0 where the scale must stay 1.
+        fixed: bool [channels], where the shift must stay 0.
     """
 
-    rows: Array
-    fold: Array
-    low: Array
-    high: Array
-    weight: Array
-    columns: Array
+    low: Vector
+    high: Vector
+    mean: Vector
+    weight: Vector
+    fixed: npt.NDArray[np.bool_]
+
+
+class Candidate(Protocol):
+    """A way to make a transform of what is known of a site's channels."""
+
+    def __call__(self, channels: Channels) -> Transform: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """alpha None: no smoothing. ``floor``: see :func:`qcompiler.numerics.smoothing.smoothing_scale`."""
+class Smoothing:
+    """SmoothQuant's scale after Outlier Suppression+'s shift (Wei et al. 2023, equation 3), each if it is asked for.
+
+    Attributes:
+        alpha: migration strength; None: no scale.
+        floor: see :func:`qcompiler.numerics.smoothing.smoothing_scale`.
+        shift: "none", "midpoint" (of each channel's range) or "mean".
+    """
 
     alpha: float | None = None
     floor: float = 0.0
+    shift: str = "none"
+
+    def __call__(self, channels: Channels) -> Transform:
+        shift = None
+        if self.shift != "none":
+            middle = channels.mean if self.shift == "mean" else (channels.low + channels.high) / 2
+            shift = np.where(channels.fixed, np.float32(0), middle)
+        if self.alpha is None:
+            return Transform(None, shift)
+        low, high = (channels.low, channels.high) if shift is None else (channels.low - shift, channels.high - shift)
+        absmax = np.maximum(np.abs(low), np.abs(high))
+        return Transform(smoothing_scale(absmax, channels.weight, self.alpha, floor=self.floor), shift)
+
+    def __str__(self) -> str:
+        parts = [] if self.alpha is None else [f"smooth alpha={self.alpha:g}"]
+        return " + ".join(([f"shift {self.shift}"] if self.shift != "none" else []) + parts) or "nothing"
+
+
+PLAIN = Smoothing()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,17 +89,126 @@ class Choice:
 
     Attributes:
         candidate: which one.
-        scale: float32 [channels] from all folds; None: no smoothing.
-        margins: for each reader, the factor on its min-max range (1 where its scales are dynamic).
-        error: mean over readers of ‖Q(x / s) Q(s W) - x W‖² / ‖x W‖² on held-out rows.
-        plain: the same without smoothing.
+        transform: what it makes of all folds.
+        specs: for each reader, how to quantize its activation.
+        ranges: for each reader, the least and the greatest x' of all folds, times the spec's margin.
+        error: mean over readers of ‖Q(x') Q(W') + z W - x W‖² / ‖x W‖² on held-out rows.
+        plain: the same without a transform.
     """
 
     candidate: Candidate
-    scale: Vector | None
-    margins: tuple[float, ...]
+    transform: Transform
+    specs: tuple[TensorSpec | None, ...]
+    ranges: tuple[tuple[np.float32, np.float32], ...]
     error: float
     plain: float
+
+
+Judged = tuple[float, tuple[int, ...]]
+
+
+class SiteSearch:
+    """Judges candidates at one site.
+
+    Args:
+        readers: all that read the site's channels.
+        activation: static (min-max range times a margin), dynamic, or None: float. A static min-max range gets the one
+            of ``margins``, an asymmetric per-token scale the one of ``zero_points`` that does best.
+        weight: spec of the weights.
+        channels: of the site.
+        blocked, fixed: bool [channels], where the scale must stay 1, and the shift 0; None: nowhere.
+
+    With fewer than two folds there is nothing to hold out: rows are judged by the transforms they made.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        activation: TensorSpec | None,
+        weight: TensorSpec,
+        *,
+        channels: int,
+        blocked: Array | None = None,
+        fixed: Array | None = None,
+        margins: Sequence[float] = MARGINS,
+        zero_points: Sequence[int] = ZERO_POINTS,
+        reduce_range: bool = False,
+        loss: str = "mse",
+    ) -> None:
+        variants = _variants(activation, margins, zero_points)
+        self._readers = readers
+        self._specs = [(spec, margin) for spec, _, margin in variants]
+        judged = [(judged, margin) for _, judged, margin in variants]
+        self._judges = [Judge(reader, judged, weight, reduce_range, loss) for reader in readers]
+        folds = min(len(reader.low) for reader in readers)
+        self._errors: dict[Candidate, Judged] = {}
+        parts = [_channels(readers, fold, channels, blocked, fixed) for fold in [*range(folds), None]]
+        self.folds, self.whole = parts[:-1], parts[-1]
+
+    def judge(self, transforms: Sequence[Transform]) -> Judged:
+        """The error of a transform made from each fold, and the number of each reader's spec."""
+        results = [judge(transforms) for judge in self._judges]
+        return float(np.mean([error for error, _ in results])), tuple(best for _, best in results)
+
+    def error(self, candidate: Candidate) -> Judged:
+        """The error of a candidate, and the number of each reader's spec."""
+        if candidate not in self._errors:
+            self._errors[candidate] = self.judge([candidate(fold) for fold in self.folds])
+        return self._errors[candidate]
+
+    def best(
+        self, candidates: Sequence[Candidate], price: Callable[[Transform], float], keep_plain: bool = True
+    ) -> Choice:
+        """The candidate whose error times its price is least; PLAIN competes unless ``keep_plain`` is False.
+
+        A candidate of infinite price is never chosen; PLAIN is, where no other may be.
+        """
+        prices = {each: price(each(self.whole)) for each in candidates}
+        tried = [each for each in candidates if np.isfinite(prices[each]) and each != PLAIN]
+        if keep_plain or not tried:
+            tried.insert(0, PLAIN)
+        best = min(tried, key=lambda each: self.error(each)[0] * prices.get(each, 1.0))
+        (error, numbers), transform = self.error(best), best(self.whole)
+        chosen = [self._specs[number] for number in numbers]
+        return Choice(
+            best,
+            transform,
+            tuple(spec for spec, _ in chosen),
+            tuple(
+                reader.extremes(transform, margin) for reader, (_, margin) in zip(self._readers, chosen, strict=True)
+            ),
+            error,
+            self.error(PLAIN)[0],
+        )
+
+
+def free(transform: Transform) -> float:
+    """The price of transforms that cost nothing."""
+    return 1.0
+
+
+def search_smoothing(
+    search: SiteSearch,
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    floors: Sequence[float] = FLOORS,
+    shifts: Sequence[str] = (),
+    keep_plain: bool = True,
+    price: Callable[[Transform], float] = free,
+) -> Choice:
+    """Try no transform, each alpha with each floor, each shift, and each shift with the best alpha.
+
+    Args:
+        price: factor on the error of a transform, for what it costs at run time.
+    """
+    choice = search.best([Smoothing(alpha, floor) for alpha in alphas for floor in floors], price, keep_plain)
+    if not shifts:
+        return choice
+    found = choice.candidate
+    assert isinstance(found, Smoothing)
+    scales = [found] if found == PLAIN or not keep_plain else [PLAIN, found]
+    shifted = [dataclasses.replace(each, shift=shift) for each in scales for shift in shifts]
+    return search.best([found, *shifted] if keep_plain else shifted, price, keep_plain)
 
 
 def search_site(
@@ -79,130 +217,53 @@ def search_site(
     weight: TensorSpec,
     *,
     channels: int,
-    blocked: Array | None = None,
     alphas: Sequence[float] = ALPHAS,
-    floors: Sequence[float] = FLOORS,
-    margins: Sequence[float] = MARGINS,
-    keep_plain: bool = True,
     reduce_range: bool = False,
 ) -> Choice:
-    """Try each alpha with each floor, and no smoothing, on one site.
-
-    Args:
-        readers: all that read the site's channels.
-        activation: static (min-max range times a margin), dynamic, or None: float.
-        weight: spec of the weights.
-        channels: of the site.
-        blocked: bool [channels], where the scale must stay 1.
-        margins: factors on a static range. The one with the least held-out error of the activation, each channel
-            weighed by the squared norm of its weights, is judged.
-        keep_plain: no smoothing may be chosen too; its error is told in any case.
-
-    With fewer than two folds there is nothing to hold out: rows are judged by the scales they made.
-    """
-    judges = [_Judge(reader, activation, weight, margins, reduce_range) for reader in readers]
-    limits = _Limits(readers, channels, blocked)
-    candidates = [Candidate(), *(Candidate(alpha, floor) for alpha, floor in itertools.product(alphas, floors))]
-    results = []
-    for candidate in candidates:
-        scales = [limits.scale(candidate, fold) for fold in range(limits.folds)]
-        errors = [judge(scales) for judge in judges]
-        results.append((float(np.mean([error for error, _ in errors])), tuple(margin for _, margin in errors)))
-    best = min(range(0 if keep_plain else 1, len(results)), key=lambda i: results[i][0])
-    error, chosen = results[best]
-    scale = None if candidates[best].alpha is None else limits.scale(candidates[best], None)
-    return Choice(candidates[best], scale, chosen, error, results[0][0])
+    """:func:`search_smoothing` without shifts, at a site where every channel may be scaled."""
+    search = SiteSearch(readers, activation, weight, channels=channels, reduce_range=reduce_range)
+    return search_smoothing(search, alphas=alphas)
 
 
-class _Limits:
-    """Channel maxima of a site: of the activation in each fold, and of the weights."""
-
-    def __init__(self, readers: Sequence[Reader], channels: int, blocked: Array | None) -> None:
-        self.folds = min(len(reader.low) for reader in readers)
-        self._activation = np.zeros((self.folds, channels), np.float32)
-        self._weight = np.zeros(channels, np.float32)
-        for reader in readers:
-            carried = reader.columns >= 0
-            columns = reader.columns[carried]
-            absmax = np.maximum(np.abs(reader.low), np.abs(reader.high))
-            for fold in range(self.folds):
-                np.maximum.at(self._activation[fold], columns, absmax[fold, carried])
-            np.maximum.at(self._weight, columns, np.abs(reader.weight).max(1)[carried])
-        if blocked is not None:
-            self._weight[blocked] = 0  # as a dead channel: its scale is 1
-
-    def scale(self, candidate: Candidate, fold: int | None) -> Vector:
-        """Scale from one fold, or from all; [channels]."""
-        if candidate.alpha is None:
-            return np.ones(len(self._weight), np.float32)
-        activation = self._activation.max(0) if fold is None else self._activation[fold]
-        return smoothing_scale(activation, self._weight, candidate.alpha, floor=candidate.floor)
+def _variants(
+    spec: TensorSpec | None, margins: Sequence[float], zero_points: Sequence[int]
+) -> list[tuple[TensorSpec | None, TensorSpec | None, float]]:
+    """The specs to choose from: what is to be written down, what to judge with, and the factor on its range."""
+    if spec is None or (spec.dynamic and (spec.symmetric or spec.granularity != "per_token")):
+        return [(spec, spec, 1.0)]
+    if spec.dynamic:
+        made = [dataclasses.replace(spec, zero_point=zero_point) for zero_point in zero_points]
+        return [(each, each, 1.0) for each in made]
+    return [(with_margin(spec, margin), spec, margin) for margin in margins]
 
 
-class _Judge:
-    """Relative error of one reader's outputs on held-out rows."""
-
-    def __init__(
-        self, reader: Reader, activation: TensorSpec | None, weight: TensorSpec, margins: Sequence[float], reduced: bool
-    ) -> None:
-        self._reader = reader
-        self._specs = activation, weight
-        self._static = activation is not None and not activation.dynamic
-        self._margins = tuple(margins) if self._static else (1.0,)
-        self._reduced = reduced
-        self._norms = np.einsum("kn,kn->k", reader.weight, reader.weight)
-        self._exact = np.asarray(reader.rows, np.float32) @ np.asarray(reader.weight, np.float32)
-        self._signal = float(np.vdot(self._exact, self._exact))
-        self._held_out = list(_held_out(reader.fold, len(reader.low)))
-
-    def __call__(self, scales: Sequence[Vector]) -> tuple[float, float]:
-        """Error and margin, of scales [channels] from each fold."""
-        folds = list(zip(map(self._spread, scales), self._held_out, strict=False))
-        margin = self._margins[0] if len(self._margins) == 1 else self._best_margin(folds)
-        noise = 0.0
-        for fold, (s, held) in enumerate(folds):
-            got = self._activation(held, s, fold, margin) @ self._rounded(s)
-            got -= self._exact[held]
-            noise += float(np.vdot(got, got))
-        return (noise / self._signal if self._signal else 0.0), margin
-
-    def _spread(self, scale: Vector) -> Vector:
-        columns = self._reader.columns
-        return np.where(columns >= 0, scale[columns], np.float32(1))
-
-    def _best_margin(self, folds: Sequence[tuple[Vector, Array]]) -> float:
-        errors = np.zeros(len(self._margins))
-        for fold, (s, held) in enumerate(folds):
-            x = self._reader.rows[held] / s
-            weights = self._norms * s * s
-            for i, margin in enumerate(self._margins):
-                error = self._activation(held, s, fold, margin) - x
-                errors[i] += float(np.einsum("nk,nk->k", error, error) @ weights)
-        return self._margins[int(np.argmin(errors))]
-
-    def _activation(self, held: Array, s: Vector, fold: int, margin: float) -> Array:
-        """Q(x / s) of the held-out rows in the range of the fold."""
-        spec = self._specs[0]
-        x = self._reader.rows[held] / s
-        if spec is None:
-            return np.asarray(x)
-        if spec.dynamic:
-            return fake_quantize_dynamic(x, spec)
-        low, high = (self._reader.low[fold] / s).min(), (self._reader.high[fold] / s).max()
-        scale, zero_point = scale_zero_point(low * margin, high * margin, spec)
-        q_low, q_high = (q - int(zero_point) for q in integer_range(spec))
-        x /= scale
-        np.rint(x, out=x)
-        np.clip(x, q_low, q_high, out=x)
-        x *= scale
-        return np.asarray(x)
-
-    def _rounded(self, s: Vector) -> Array:
-        return rounded_weight(self._reader.weight * s[:, None], self._specs[1], self._reduced)
+def with_margin(spec: TensorSpec, margin: float) -> TensorSpec:
+    """A static min-max spec with this margin on its range; other observers set their range themselves."""
+    if spec.dynamic or spec.observer != "minmax" or margin == 1:
+        return spec
+    return dataclasses.replace(spec, observer=f"minmax{{margin={margin:g}}}")
 
 
-def _held_out(fold: Array, folds: int) -> Iterator[Array]:
-    """For each fold, the rows that its scales are judged on: each row is judged once, by a fold that is not its own."""
-    turn = np.arange(len(fold)) % max(folds - 1, 1)
-    judged_by = (fold + 1 + turn) % folds if folds > 1 else fold
-    return (np.flatnonzero(judged_by == f) for f in range(folds))
+def _channels(
+    readers: Sequence[Reader], fold: int | None, channels: int, blocked: Array | None, fixed: Array | None
+) -> Channels:
+    low, high = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
+    weight, total, count = np.zeros(channels, np.float32), np.zeros(channels), np.zeros(channels)
+    for reader in readers:
+        carried = reader.columns >= 0
+        columns = reader.columns[carried]
+        lowest, highest = (reader.low, reader.high) if fold is None else (reader.low[[fold]], reader.high[[fold]])
+        np.minimum.at(low, columns, lowest.min(0)[carried])
+        np.maximum.at(high, columns, highest.max(0)[carried])
+        np.maximum.at(weight, columns, np.abs(reader.weight).max(1)[carried])
+        rows = reader.rows if fold is None else reader.rows[reader.fold == fold]
+        if len(rows) == 0:  # a fold that no sampled row is of
+            rows = reader.rows
+        np.add.at(total, columns, rows.sum(0, dtype=np.float64)[carried])
+        np.add.at(count, columns, len(rows))
+    unread = low > high
+    low[unread] = high[unread] = 0
+    if blocked is not None:
+        weight[blocked] = 0  # as a dead channel: its scale is 1
+    mean = (total / np.maximum(count, 1)).astype(np.float32)
+    return Channels(low, high, mean, weight, np.zeros(channels, bool) if fixed is None else fixed)

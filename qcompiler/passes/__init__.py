@@ -11,6 +11,8 @@ PASSES = {
     "equalize": "qcompiler.passes.equalize:Equalize",
     "split": "qcompiler.passes.split:Split",
     "smooth": "qcompiler.passes.smooth:Smooth",
+    "shift": "qcompiler.passes.shift:Shift",
+    "adaptive": "qcompiler.passes.adaptive:Adaptive",
     "annotate": "qcompiler.passes.annotate:Annotate",
     "insert": "qcompiler.passes.insert:Insert",
     "clip": "qcompiler.passes.clip:Clip",

@@ -14,18 +14,17 @@ from qcompiler.graph.linear import Linear
 from qcompiler.numerics.site_search import Choice, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import (
+    FallbackRule,
     by_input,
     decision,
-    holds,
     leave_decision,
     left_in_float,
     quantized,
     reader,
     sample_request,
     why_fallback,
-    with_margin,
 )
-from qcompiler.scheme import Scheme, TensorSpec
+from qcompiler.scheme import TensorSpec
 
 _WEIGHT = "qcompiler.weight"
 
@@ -35,8 +34,8 @@ class Annotate(Pass):
     """Give each Linear its specs, or a reason why it stays in float.
 
     A static min-max range gets the margin that calibration rows of other samples ask for. Where the scheme has a
-    fallback and the static spec does not hold (see ``judging.holds``), the value gets the fallback: its outliers are
-    tokens and not channels, which no scale by channel can even out.
+    fallback and that pays (see ``judging.FallbackRule``), the value gets it: outliers that are tokens and not channels
+    no scale by channel can even out.
 
     Attributes:
         rows: calibration rows each value is judged on.
@@ -46,7 +45,7 @@ class Annotate(Pass):
     rows: int = 512
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        if not self._judges(ctx.scheme):
+        if not self._judges(ctx):
             return []
         return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme) if not decision(linear)]
 
@@ -54,8 +53,9 @@ class Annotate(Pass):
         notes = left_in_float(model, ctx.scheme)
         chosen = quantized(model, ctx.scheme)
         if ctx.scheme.activation is not None:
+            rule = FallbackRule(model, ctx.scheme, ctx.capability)
             for group in by_input([linear for linear in chosen if not decision(linear)]):
-                spec, why = self._judge(group, stats, ctx) if self._judges(ctx.scheme) else (ctx.scheme.activation, "")
+                spec, why = self._judge(group, stats, rule, ctx) if self._judges(ctx) else (ctx.scheme.activation, "")
                 leave_decision(group, spec, why)
         for linear in chosen:
             if _WEIGHT not in linear.matmul.metadata_props:
@@ -66,20 +66,29 @@ class Annotate(Pass):
         return PassResult(True, tuple(notes))
 
     @staticmethod
-    def _judges(scheme: Scheme) -> bool:
-        """A static min-max range wants a margin, a fallback a decision."""
-        spec = scheme.activation
-        return spec is not None and not spec.dynamic and (spec.observer == "minmax" or scheme.fallback is not None)
+    def _judges(ctx: Context) -> bool:
+        """A static min-max range wants a margin, an asymmetric per-token scale a zero point, a fallback a decision."""
+        spec = ctx.scheme.activation
+        if spec is None:
+            return False
+        if spec.dynamic:
+            return (
+                ctx.collect is not None
+                and spec.granularity == "per_token"
+                and not spec.symmetric
+                and spec.zero_point is None
+            )
+        return spec.observer == "minmax" or ctx.scheme.fallback is not None
 
-    def _judge(self, group: Sequence[Linear], stats: Stats, ctx: Context) -> tuple[TensorSpec, str]:
+    def _judge(self, group: Sequence[Linear], stats: Stats, rule: FallbackRule, ctx: Context) -> tuple[TensorSpec, str]:
         scheme = ctx.scheme
         assert scheme.activation is not None
         static = self._error(group, scheme.activation, stats, ctx)
-        if scheme.fallback is not None and not holds(static.error, None):
+        if scheme.fallback is not None and rule.may_pay([group], static.error):
             other = self._error(group, scheme.fallback, stats, ctx)
-            if not holds(static.error, other.error):
-                return scheme.fallback, why_fallback(static.error, other.error)
-        return with_margin(scheme.activation, static.margins[0]), ""
+            if rule.pays([group], static.error, other.error):
+                return _settled(other), why_fallback(static.error, other.error)
+        return _settled(static), ""
 
     def _error(self, group: Sequence[Linear], spec: TensorSpec, stats: Stats, ctx: Context) -> Choice:
         return search_site(
@@ -95,6 +104,12 @@ class Annotate(Pass):
 def leave_weight(linear: Linear, spec: TensorSpec) -> None:
     """Write on a Linear how its weight is to be quantized; what is there already, ``annotate`` leaves."""
     linear.matmul.metadata_props[_WEIGHT] = json.dumps(dataclasses.asdict(spec))
+
+
+def _settled(choice: Choice) -> TensorSpec:
+    (spec,) = choice.specs
+    assert spec is not None
+    return spec
 
 
 def annotated(linear: Linear) -> tuple[TensorSpec | None, TensorSpec | None]:

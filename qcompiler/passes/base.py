@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -25,12 +25,15 @@ class Context:
         capability: what the target can run.
         seed: for every random choice.
         float_model: the model as it was just before ``insert``, which leaves it here; None before that.
+        collect: statistics of another model than the one being rewritten (quantized upstream, say), in one run over the
+            calibration data; None: there is no data.
     """
 
     scheme: Scheme
     capability: Capability
     seed: int = 0
     float_model: ir.Model | None = None
+    collect: Callable[[ir.Model, Sequence[StatRequest]], Stats] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qcompiler.core import DOMAIN, StatRequest
 from qcompiler.graph.edit import add_initializer, array_of, first_of, insert_node
 from qcompiler.graph.functions import ensure_function
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.numerics.affine import quantize_weight, scale_zero_point
+from qcompiler.numerics.affine import quantize_weight, row_zero_point, scale_zero_point
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.passes.annotate import annotated
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
@@ -98,7 +98,9 @@ def _insert_blocks(model: ir.Model, linear: Linear, spec: TensorSpec, array: np.
 def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, stats: Stats) -> ir.Value:
     if spec.dynamic:
         function, name = _DYNAMIC[spec.granularity], f"{linear.x.name}_{spec.granularity}"
-        options = {} if spec.group_size is None else {"block_size": spec.group_size}
+        options: dict[str, float] = {} if spec.group_size is None else {"block_size": spec.group_size}
+        if spec.granularity == "per_token":
+            options["zero_point"] = float(row_zero_point(spec))
         return _call(model, _first_reader(linear), function, [linear.x], name, **options)
     low, high = stats[_request(linear, spec)]
     scale, zero_point = scale_zero_point(low, high, spec)

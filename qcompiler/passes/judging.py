@@ -11,11 +11,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.observers.folds import FoldSample
-from qcompiler.core import Note, StatRequest
+from qcompiler.core import Capability, Note, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.numerics.site_search import Reader
+from qcompiler.numerics.site_judge import Reader
 from qcompiler.scheme import Scheme, TensorSpec
 
 STATIC_ERROR = 1e-3
@@ -23,6 +23,9 @@ STATIC_ERROR = 1e-3
 SmolLM2 it parts the sites with outlier tokens (10 to 29 dB) from all others (above 31 dB)."""
 FALLBACK_GAIN = 2.0
 """Above it, the fallback must lower the squared error by this factor (3 dB) to be worth its time."""
+ERROR_PER_TIME = 0.02
+"""Squared relative error that the fallback must remove, over its share of the time of all quantized Linears: 1 % more
+time must remove 2e-4 (-37 dB)."""
 
 _FLOAT = "qcompiler.float"
 _ACTIVATION, _WHY = "qcompiler.activation", "qcompiler.activation_why"
@@ -93,8 +96,8 @@ def reader(group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.
 
 
 def leave_decision(group: Sequence[Linear], spec: TensorSpec, why: str) -> None:
-    """Write on Linears of one input how it is to be quantized. ``smooth`` decides where it smooths: its scale has seen
-    all rows by then, and nothing can be judged on them again; ``annotate`` decides the rest."""
+    """Write on Linears of one input how it is to be quantized. The pass that transforms a site decides there: its scale
+    has seen all rows by then, and nothing can be judged on them again; ``annotate`` decides the rest."""
     for linear in group:
         linear.matmul.metadata_props[_ACTIVATION] = json.dumps(dataclasses.asdict(spec))
         linear.matmul.metadata_props[_WHY] = why
@@ -112,11 +115,44 @@ def forget_decision(linear: Linear) -> None:
         linear.matmul.metadata_props.pop(key, None)
 
 
-def with_margin(spec: TensorSpec, margin: float) -> TensorSpec:
-    """A static min-max spec with this margin on its range; other observers set their range themselves."""
-    if spec.dynamic or spec.observer != "minmax" or margin == 1:
-        return spec
-    return dataclasses.replace(spec, observer=f"minmax{{margin={margin:g}}}")
+class FallbackRule:
+    """Where a site is better off with the scheme's fallback than with a static scale.
+
+    Where the target's times are known, an error is set against the time that is saved: a share of the time of all
+    quantized Linears must remove :data:`ERROR_PER_TIME` times that share of squared relative error. So the many small
+    sites of a deep model get the fallback sooner than the few large ones of a shallow model; without times, see
+    :func:`holds`.
+    """
+
+    def __init__(self, model: ir.Model, scheme: Scheme, capability: Capability) -> None:
+        self._scheme, self._capability = scheme, capability
+        self._total: float | None = None
+        if scheme.activation is not None and scheme.fallback is not None and self._timed():
+            groups = by_input(quantized(model, scheme))
+            self._total = sum(self._time(group, scheme.activation) for group in groups)
+
+    def may_pay(self, groups: Sequence[Sequence[Linear]], static: float) -> bool:
+        """Whether the fallback could pay at all, given the static scale's error: is it worth a search?"""
+        if self._scheme.fallback is None:
+            return False
+        return self.pays(groups, static, 0.0)
+
+    def pays(self, groups: Sequence[Sequence[Linear]], static: float, fallback: float) -> bool:
+        """Whether to use the fallback at groups of Linears that read one value each, by the squared relative errors."""
+        if self._total is None:
+            return not holds(static, None if fallback == 0 else fallback)
+        slower = sum(self._time(g, self._scheme.fallback) - self._time(g, self._scheme.activation) for g in groups)
+        return static - fallback > ERROR_PER_TIME * slower / self._total
+
+    def _timed(self) -> bool:
+        timed = [kernel for kernel in self._capability.kernels if kernel.times]
+        specs = (self._scheme.activation, self._scheme.fallback)
+        return all(any(kernel.runs(self._scheme.weight, spec) for kernel in timed) for spec in specs)
+
+    def _time(self, group: Sequence[Linear], spec: TensorSpec | None) -> float:
+        """Of one product as wide as the group's together: what they read is quantized once."""
+        width = sum(linear.out_features for linear in group)
+        return self._capability.microseconds(group[0].in_features, width, (self._scheme.weight, spec))
 
 
 def holds(static: float, fallback: float | None) -> bool:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qcompiler.calibration.collect import collect
-from qcompiler.core import DataError, FoldPlan, ModelError, Note
+from qcompiler.core import DataError, FoldPlan, ModelError, Note, StatRequest
 from qcompiler.graph.canonical import check
 from qcompiler.graph.run import Feeds, save_model
 from qcompiler.graph.verify import compare_outputs
-from qcompiler.passes.base import Context, Pass
+from qcompiler.passes.base import Context, Pass, Stats
 from qcompiler.scheme import Scheme
 
 COMPARED_BATCHES = 2
@@ -57,6 +58,8 @@ class Pipeline:
         self._batches, self._context = batches, context
         self._stages, self._progress = stages, progress
         self._dump, self._count = dump, 0
+        if batches is not None:
+            context.collect = functools.partial(self._collect, batches)
 
     def fork(self, scheme: Scheme | None = None) -> Pipeline:
         """A copy at this point of the way; with another ``scheme`` than the run's it is a trial, neither shown nor
@@ -82,7 +85,7 @@ class Pipeline:
                     f"pass {item.name!r} needs activation statistics: give calibration data or choose a dynamic scheme."
                 )
             batches = self._batches or ()
-            stats = collect(self.model, batches, requests, seed=self._context.seed, progress=self._progress)
+            stats = self._collect(batches, self.model, requests)
             before = self.model.clone() if item.float_exact and self._batches is not None else None
             result = item.run(self.model, stats, self._context)
             check(self.model)
@@ -97,6 +100,9 @@ class Pipeline:
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self.model, folder / "model.onnx")
         self._count += 1
+
+    def _collect(self, batches: Iterable[Feeds], model: ir.Model, requests: Sequence[StatRequest]) -> Stats:
+        return collect(model, batches, requests, seed=self._context.seed, progress=self._progress)
 
     def _check_exact(self, item: Pass, before: ir.Model, batches: Iterable[Feeds]) -> None:
         difference = compare_outputs(before, self.model, itertools.islice(batches, COMPARED_BATCHES))

@@ -20,7 +20,8 @@ from qcompiler.graph.linear import linear_named
 from qcompiler.graph.residual import NormReader, Stream
 from qcompiler.graph.stream_ends import norm_parts
 from qcompiler.numerics.hadamard import Rotation
-from qcompiler.numerics.site_search import ALPHAS, Reader, search_site
+from qcompiler.numerics.site_judge import Reader
+from qcompiler.numerics.site_search import ALPHAS, search_site
 from qcompiler.passes.base import Context, Stats
 from qcompiler.passes.judging import holds, quantized, rows_request, sampled_outputs
 from qcompiler.scheme import TensorSpec

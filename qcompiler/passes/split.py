@@ -28,7 +28,8 @@ from qcompiler.graph.edit import (
 )
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear
-from qcompiler.numerics.site_search import ALPHAS, Reader, search_site
+from qcompiler.numerics.site_judge import Reader
+from qcompiler.numerics.site_search import ALPHAS, search_site
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import by_input, keep_float, quantized, reader, sample_request
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.core import Capability, Kernel, Note, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
-from qcompiler.graph.functions import inline_functions, is_call
+from qcompiler.graph.functions import inline_functions, is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.targets.base import Lowered, Target, block_kernels
 
@@ -34,11 +34,15 @@ class Portable(Target):
     so; weights of 2 bits take 4 there, for opset 21 has no smaller type.
 
     In both forms dynamic Linears are MatMulInteger: behind DynamicQuantizeLinear (per tensor), or behind row maximum,
-    Div and QuantizeLinear with scale 1 and zero point 128 (per token), for which ONNX has no one operator.
+    Div and QuantizeLinear with scale 1 and a fixed zero point (per token), for which ONNX has no one operator.
+
+    ``reduce_range`` keeps 7 bits of each weight: x86 machines without VNNI add two u8 x s8 products in 16 bits, where
+    ONNX Runtime's MatMulInteger saturates with 8.
     """
 
     name: ClassVar[str] = "onnx"
     form: str = "qdq"
+    reduce_range: bool = False
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -58,7 +62,7 @@ class Portable(Target):
         kernels += block_kernels(
             "DequantizeLinear + MatMul", ("float", "", False), dict.fromkeys((2, 4, 8), range(16, 257)), 1.0
         )
-        return Capability(self.name, tuple(kernels))
+        return Capability(self.name, tuple(kernels), self.reduce_range)
 
     def lower(self, model: ir.Model) -> Lowered:
         """Rewrite in place; afterwards the model has no function and no domain but the standard one."""
@@ -156,7 +160,7 @@ def _quantize_input(graph: ir.Graph, quant: ir.Node) -> _Integers:
 
 
 def _quantize_rows(graph: ir.Graph, quant: ir.Node, x: ir.Value, name: str) -> _Integers:
-    """Per token, symmetric: the same operations as FakeQuantPerToken, the integers kept as uint8 about 128."""
+    """Per token: the same operations as FakeQuantPerToken, the integers kept as uint8 about its zero point."""
 
     def step(op_type: str, inputs: Sequence[ir.Value | None], suffix: str, **attributes: int) -> ir.Value:
         return insert_node(graph, quant, op_type, inputs, attributes=attributes, name=f"{name}.{suffix}").outputs[0]
@@ -165,12 +169,15 @@ def _quantize_rows(graph: ir.Graph, quant: ir.Node, x: ir.Value, name: str) -> _
         return add_initializer(graph, f"{name}.{suffix}", np.asarray(number))
 
     dtype = x.dtype.numpy() if x.dtype is not None else np.dtype(np.float32)
-    magnitude = step("Abs", [x], "magnitude")
-    largest = step("ReduceMax", [magnitude, constant("axes", np.array([-1], np.int64))], "largest", keepdims=1)
-    positive = step("Max", [largest, constant("tiny", dtype.type(1e-30))], "positive")
-    scale = step("Div", [positive, constant("steps", dtype.type(127))], "scale")
+    middle = zero_point_of_rows(quant)
+    axes = constant("axes", np.array([-1], np.int64))
+    highest = step("ReduceMax", [x, axes], "highest", keepdims=1)
+    lowest = step("ReduceMin", [x, axes], "lowest", keepdims=1)
+    above = step("Div", [highest, constant("room_above", dtype.type(255 - middle))], "above")
+    below = step("Div", [lowest, constant("room_below", dtype.type(1 - middle))], "below")
+    scale = step("Max", [above, below, constant("tiny", dtype.type(1e-30))], "scale")
     grid = step("Div", [x, scale], "grid")
-    zero_point = constant("zero_point", np.uint8(128))
+    zero_point = constant("zero_point", np.uint8(middle))
     return _Integers(
         step("QuantizeLinear", [grid, constant("one", dtype.type(1)), zero_point], "rows"), zero_point, scale, True
     )

@@ -30,9 +30,9 @@ def test_each_pass_has_its_name_frozen_options_and_a_text(name: str) -> None:
 
 
 def test_a_pipeline_is_text_there_and_back() -> None:
-    text = "smooth{alpha=0.5,insert=false},annotate,insert,fold{bias=int32}"
+    text = "smooth{alpha=0.5,smooth_all_linears=false},annotate,insert,fold{bias=int32}"
     pipeline = parse_pipeline(text)
-    assert pipeline[0] == Smooth(alpha=0.5, insert=False)
+    assert pipeline[0] == Smooth(alpha=0.5, smooth_all_linears=False)
     assert pipeline[3] == Fold(bias="int32")
     assert ",".join(spell(item.name, item) for item in pipeline) == text
 
@@ -43,7 +43,7 @@ def test_a_pipeline_is_text_there_and_back() -> None:
         ("smoth,insert", "unknown pass 'smoth': did you mean 'smooth'"),
         ("smooth{alfa=1}", "unknown option of pass 'smooth' 'alfa': did you mean 'alpha'"),
         ("smooth{alpha=half}", "alpha=half of pass 'smooth' is not of type float"),
-        ("smooth{insert=maybe}", "insert=maybe of pass 'smooth' is not of type bool"),
+        ("smooth{smooth_all_linears=maybe}", "smooth_all_linears=maybe of pass 'smooth' is not of type bool"),
         ("smooth{alpha}", "cannot read option 'alpha' of 'smooth'"),
         ("smooth{alpha=1", "cannot read"),
         ("insert{}{}", "cannot read"),

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from qcompiler.calibration import collect
+from qcompiler.core import Capability, Kernel
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linear_named, linears
+from qcompiler.numerics.site_search import with_margin
 from qcompiler.passes.judging import (
+    ERROR_PER_TIME,
     FALLBACK_GAIN,
     STATIC_ERROR,
+    FallbackRule,
     by_input,
     decision,
     holds,
@@ -20,7 +24,6 @@ from qcompiler.passes.judging import (
     quantized,
     reader,
     sample_request,
-    with_margin,
 )
 from qcompiler.scheme import PRESETS, TensorSpec
 from tests.graph.tiny import tiny
@@ -97,3 +100,43 @@ def test_when_static_holds() -> None:
     assert not holds(large, None)
     assert not holds(large, large / (1.1 * FALLBACK_GAIN))
     assert holds(large, large / (0.9 * FALLBACK_GAIN))  # the fallback would hardly be better
+
+
+def timed(static: float, dynamic: float) -> Capability:
+    """A target whose per-token products take ``dynamic`` microseconds where static ones take ``static``."""
+
+    def kernel(granularity: str, is_dynamic: bool, time: float) -> Kernel:
+        times = ((WIDTH, WIDTH, time),)
+        return Kernel("k", "int8", "per_channel", "uint8", granularity, is_dynamic, 1.0, times=times)
+
+    return Capability("timed", (kernel("per_tensor", False, static), kernel("per_token", True, dynamic)))
+
+
+def test_the_fallback_pays_by_the_error_that_it_removes_for_its_time() -> None:
+    model = block()
+    groups = by_input(linears(model))
+    rule = FallbackRule(model, SCHEME, timed(100, 150))
+    # Wide outputs take longer in proportion: (q + k + up + down + post + logits) / WIDTH.
+    widths = sum(linear.in_features * linear.out_features for linear in linears(model)) / WIDTH**2
+    needed = ERROR_PER_TIME * 0.5 * 2 / widths  # q and k read one value: half as much again, twice the width
+    assert rule.pays(groups[:1], 2 * needed, 0.9 * needed)
+    assert not rule.pays(groups[:1], 2 * needed, 1.1 * needed)
+    assert rule.may_pay(groups[:1], 1.1 * needed)
+    assert not rule.may_pay(groups[:1], 0.9 * needed)
+
+
+def test_a_fallback_that_costs_nothing_pays_as_soon_as_it_is_better() -> None:
+    rule = FallbackRule(block(), SCHEME, timed(100, 100))
+    groups = by_input(linears(block()))[:1]
+    assert rule.pays(groups, 1e-6, 0.9e-6)
+    assert not rule.pays(groups, 1e-6, 1e-6)
+
+
+def test_without_times_or_fallback() -> None:
+    groups = by_input(linears(block()))[:1]
+    untimed = FallbackRule(block(), SCHEME, Capability("test", ()))
+    assert untimed.pays(groups, 3 * STATIC_ERROR, STATIC_ERROR)
+    assert not untimed.pays(groups, STATIC_ERROR, STATIC_ERROR / 100)
+    assert not untimed.may_pay(groups, STATIC_ERROR)
+    static_only = dataclasses.replace(SCHEME, fallback=None)
+    assert not FallbackRule(block(), static_only, timed(100, 150)).may_pay(groups, 1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import add_initializer, array_of, insert_node
-from qcompiler.graph.functions import is_call
+from qcompiler.graph.functions import is_call, zero_point_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +76,21 @@ class Quantizer:
         """Blocked QuantizeLinear with one block a row: a scale for each token in one pass over x.
 
         Multiplying x by 1/scale before a per-tensor QuantizeLinear costs a half to twice as much; Abs costs more than
-        ReduceMin. A symmetric scale about zero point 128 lets the product's correction stay a constant of the weight.
+        ReduceMin.
         """
         (x,) = _inputs(call)
+        middle = int(zero_point_of_rows(call))
         axes = self._constant("last_axis", np.array([-1], np.int64))
         highest = self._node(call, "ReduceMax", [x, axes], "row_max", keepdims=1)
         lowest = self._node(call, "ReduceMin", [x, axes], "row_min", keepdims=1)
-        below = self._node(call, "Neg", [lowest], "row_reach_below")
+        room_above = self._constant(f"room_above_{middle}", np.array(255 - middle, np.float32))
+        room_below = self._constant(f"room_below_{middle}", np.array(1 - middle, np.float32))
+        above = self._node(call, "Div", [highest, room_above], "row_scale_above")
+        below = self._node(call, "Div", [lowest, room_below], "row_scale_below")
         tiny = self._constant("tiny", np.array(1e-30, np.float32))
-        reach = self._node(call, "Max", [highest, below, tiny], "row_reach")
-        steps = self._constant("steps", np.array(127.0, np.float32))
-        row_scale = self._node(call, "Div", [reach, steps], "row_scale")
+        row_scale = self._node(call, "Max", [above, below, tiny], "row_scale")
         shape = self._node(call, "Shape", [row_scale], "row_scale_shape")
-        zero_point = self._constant("zero_point", np.array(128, np.uint8))
+        zero_point = self._constant(f"zero_point_{middle}", np.array(middle, np.uint8))
         zero_points = self._node(call, "Expand", [zero_point, shape], "row_zero_points")
         values = self._node(
             call, "QuantizeLinear", [x, row_scale, zero_points], "quantized", axis=-1, block_size=in_features

@@ -74,7 +74,7 @@ def _activation(model: ir.Model, x: ir.Value, granularity: str) -> ir.Value:
 
 
 def _folded_weight(graph: ir.Graph, random: np.random.Generator, in_features: int, out_features: int) -> ir.Value:
-    integers = random.integers(-127, 128, (in_features, out_features)).astype(np.int8)
+    integers = random.integers(-64, 65, (in_features, out_features)).astype(np.int8)
     scales = random.uniform(0.5, 1.5, out_features).astype(np.float32) / 1000
     inputs = [
         add_initializer(graph, "weight", integers),

@@ -84,7 +84,7 @@ class Graph:
         if self.kind is None:
             weight, read = self.constant(array, f"{name}.weight"), x
         else:
-            integers, scale = quantize_weight(array, WEIGHT)
+            integers, scale = quantize_weight(array, WEIGHT, reduce_range=True)  # exact without VNNI too
             zeros = np.zeros(scale.shape, np.int8)
             stored = self.constant(integers, f"{name}.weight_quantized")
             weight = self.op("DequantizeLinear", stored, scale, zeros, axis=1)

@@ -1,0 +1,106 @@
+"""adaptive: at each site the best of nothing, shift, smooth and both, judged on what the quantized model will read.
+
+Sites are taken in the order of the graph, in a few rounds. Before each round the model runs with everything that was
+decided so far quantized, and the sites of the round are judged by the outputs that those inputs give against the float
+model's: an error that no choice here can help does not count for any of them, and one that upstream left may be met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.core import FoldPlan, Note, StatRequest
+from qcompiler.graph.linear import linears
+from qcompiler.numerics.site_judge import Reader
+from qcompiler.numerics.site_search import SHIFTS, Choice, SiteSearch, search_smoothing
+from qcompiler.passes.annotate import leave_weight
+from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.insert import Insert
+from qcompiler.passes.judging import FallbackRule, by_input, decision, rows_request
+from qcompiler.passes.site_choice import Chooser, Price, Rules, readers_of, sample_requests
+from qcompiler.passes.sites import Site, sharing_weights, sites
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive(Pass):
+    """Choose the transform of each site, and leave the decision how its input is quantized.
+
+    Attributes:
+        rounds: how often the model is run anew, quantized as far as is decided; 1: all sites are judged in float.
+        floor: see :class:`qcompiler.passes.smooth.Smooth`.
+        fold_gain: a transform that is folded away must lower the site's squared error by this factor at least.
+        insert_gain: the same for each operator that is put in.
+        shift_all_linears, smooth_all_linears: whether operators may be put in where nothing absorbs a shift, a scale.
+        rows: calibration rows each site is judged on.
+    """
+
+    name: ClassVar[str] = "adaptive"
+    float_exact: ClassVar[bool] = True
+    rounds: int = 4
+    floor: float = 2.0
+    fold_gain: float = 1.02
+    insert_gain: float = 1.1
+    shift_all_linears: bool = False
+    smooth_all_linears: bool = True
+    rows: int = 512
+
+    def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
+        return sample_requests(model, ctx, self.rows)
+
+    def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        if ctx.scheme.activation is None:
+            return PassResult(False)
+        rules = Rules(self._search, self.fold_gain, self.insert_gain, self.smooth_all_linears, self.shift_all_linears)
+        groups = _in_order(model, sharing_weights(sites(model, ctx.scheme)))
+        rounds = max(1, min(self.rounds, len(groups)))
+        fallback = FallbackRule(model, ctx.scheme, ctx.capability)
+        notes: list[Note] = []
+        plans: list[FoldPlan] = []
+        ranges: dict[StatRequest, tuple[np.float32, np.float32]] = {}
+        for number, part in enumerate(np.array_split(np.arange(len(groups)), rounds)):
+            together = [groups[i] for i in part]
+            seen = stats
+            if number and ctx.collect is not None:
+                requests = [
+                    rows_request(linear.x, self.rows) for group in together for s in group for linear in s.linears
+                ]
+                seen = ctx.collect(_quantized_so_far(model, ranges, ctx), requests)
+            read = functools.partial(self._read, stats, seen, ctx)
+            chooser = Chooser(rules, ctx, fallback, read)
+            result = chooser.transform(model, together)
+            ranges |= chooser.ranges
+            notes += result.notes
+            plans += result.plans
+        return PassResult(bool(plans), tuple(notes), tuple(plans))
+
+    def _search(self, search: SiteSearch, price: Price, sites: Sequence[Site]) -> Choice:
+        return search_smoothing(search, floors=(self.floor,), shifts=SHIFTS, price=price)
+
+    def _read(self, stats: Stats, seen: Stats, ctx: Context, site: Site) -> list[Reader]:
+        """The site's readers on inputs of the model as it is quantized so far, with the float model's beside them."""
+        made = []
+        for group, reader in zip(by_input(site.linears), readers_of(site, seen, self.rows, ctx.seed), strict=True):
+            reference = stats[rows_request(group[0].x, self.rows)].rows if seen is not stats else None
+            made.append(dataclasses.replace(reader, reference=reference))
+        return made
+
+
+def _in_order(model: ir.Model, groups: Sequence[Sequence[Site]]) -> list[Sequence[Site]]:
+    place = {node: i for i, node in enumerate(model.graph)}
+    return sorted(groups, key=lambda group: min(place[linear.matmul] for site in group for linear in site.linears))
+
+
+def _quantized_so_far(model: ir.Model, ranges: Stats, ctx: Context) -> ir.Model:
+    """A copy with fake-quants wherever the decision is made."""
+    copy = model.clone()
+    for linear in linears(copy):
+        if decision(linear):
+            leave_weight(linear, ctx.scheme.weight)
+    Insert().run(copy, ranges, dataclasses.replace(ctx))  # a context of its own: this is not the model's insertion
+    return copy
