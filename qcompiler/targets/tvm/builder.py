@@ -113,14 +113,13 @@ def horizontal(buffer: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> A
 
 
 def row_tiles(count: Any, height: int, body: Callable[[Any, int], None]) -> None:
-    """``body(first, rows)`` over 0 … count in tiles of ``height`` rows, the rest in tiles of half of it, and so on."""
+    """``body(first, rows)`` over 0 … count in tiles of ``height`` rows, the rest in tiles of 4, 2 and 1."""
     done: Any = 0
-    while height:
-        tiles = (count - done) // height
+    for rows in sorted({height, 4, 2, 1}, reverse=True):
+        tiles = (count - done) // rows
         with T.serial(0, tiles) as step:
-            body(done + step * height, height)
-        done = done + tiles * height
-        height //= 2
+            body(done + step * rows, rows)
+        done = done + tiles * rows
 
 
 def zeros(vectors: int, lanes: int, dtype: str = "float32") -> Any:

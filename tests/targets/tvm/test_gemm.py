@@ -19,7 +19,7 @@ from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, quantize_ref
 
 ROWS = (1, 2, 3, 7, 96, 97, 257)
 STEPS = (0.03, 100)
-FULL = Epilogue(bias=True, activation="gelu", residual=True)
+FULL = Epilogue(bias=True, activation="gelu", residuals=1)
 QUANTIZED = Epilogue(bias=True, activation="relu", quantized=True)
 
 
@@ -30,7 +30,7 @@ def finished(sums: np.ndarray, epilogue: Epilogue, bias: np.ndarray, residual: n
         y = (0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))).astype(np.float32)
     if epilogue.activation == "relu":
         y = np.maximum(y, 0)
-    y = y + residual if epilogue.residual else y
+    y = y + residual if epilogue.residuals else y
     return quantize_reference(y, *STEPS) if epilogue.quantized else y
 
 
@@ -56,7 +56,7 @@ def run_int8(isa: Isa, shape: tuple[int, int], scales: str, epilogue: Epilogue, 
         arguments += [gemm_int8.pad_columns(vector, isa) for vector in vectors]
         arguments += [] if static else [x_scale, x_zero]
         arguments += [gemm_int8.pad_columns(bias, isa)] if epilogue.bias else []
-        arguments += [residual] if epilogue.residual else []
+        arguments += [residual] if epilogue.residuals else []
         arguments += [np.array(STEPS, np.float32)] if epilogue.quantized else []
         y = np.zeros((m, out_features), epilogue.dtype(isa.activation))
         kernel(*arguments, y)

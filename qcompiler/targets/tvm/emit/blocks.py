@@ -23,9 +23,22 @@ from qcompiler.targets.tvm.kernels.norm import Norm
 
 
 def norm(
-    builder: Builder, node: ir.Node, x: Tensor, weight: Tensor, bias: Tensor | None, quant: ir.Node | None
+    builder: Builder,
+    node: ir.Node,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    quant: ir.Node | None,
+    multiplier: Tensor | None,
 ) -> tuple[Tensor, Integers | None]:
-    """The normalized value, and its integers where ``quant``, a fake-quant, reads it."""
+    """The normalized value, and its integers where ``quant``, a fake-quant, reads it.
+
+    Args:
+        builder: where to.
+        node: LayerNormalization or RMSNorm.
+        operands: x, weight and bias.
+        quant: a static or per-token fake-quant, or None.
+        multiplier: what the value is multiplied by before that, or None.
+    """
+    x, weight, bias = operands
     rows, isa = builder.rows(x), builder.isa
     m, count = rows.sizes
     if not isinstance(count, int) or weight.sizes != (count,):
@@ -37,8 +50,9 @@ def norm(
         node.op_type == "LayerNormalization",
         bias is not None,
         granularity,
+        multiplier is not None,
     )
-    inputs = [rows, weight, *([bias] if bias is not None else [])]
+    inputs = [rows, weight, *(tensor for tensor in (bias, multiplier) if tensor is not None)]
     outputs: list[tuple[Sequence[Size], str]] = [((m, count), "float32")]
     if quant is None:
         return builder.view(builder.call(kernel, inputs, outputs)[0], x.sizes), None

@@ -22,11 +22,13 @@ class Tensor:
         var: Relax's variable.
         sizes: its shape.
         dtype: numpy's name of the type.
+        base: what this is a view of, or None.
     """
 
     var: Any
     sizes: tuple[Size, ...]
     dtype: str
+    base: Tensor | None = None
 
 
 class Builder:
@@ -124,13 +126,15 @@ class Builder:
         return Tensor(var, tuple(sizes), dtype)
 
     def view(self, tensor: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """The same numbers in another shape."""
+        """The same numbers in another shape; a view of a view is a view of what lies below, or that itself."""
         if tuple(sizes) == tensor.sizes:
             return tensor
+        if tensor.base is not None:
+            return self.view(tensor.base, sizes)
         if product(sizes) != product(tensor.sizes):
             raise ValueError(f"{list(tensor.sizes)} does not reshape to {list(sizes)}")
         var = self.block.emit(relax.op.reshape(tensor.var, self.shape(sizes)))
-        return Tensor(var, tuple(sizes), tensor.dtype)
+        return Tensor(var, tuple(sizes), tensor.dtype, tensor)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[..., n] as [m, n]."""

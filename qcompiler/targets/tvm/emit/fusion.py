@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of, sole_user, users
@@ -11,6 +13,9 @@ from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.shapes import Facts
 from qcompiler.targets.tvm.emit.elementwise import gelu_name
+
+RESIDUALS = 2
+"""As many as an epilogue takes: a split Linear's float part, and the residual stream."""
 
 
 @dataclasses.dataclass
@@ -21,14 +26,16 @@ class Fused:
         linear: the Linear.
         nodes: the nodes that its kernel computes, in graph order; it is emitted where the last one stands.
         activation: "", or a name of :data:`qcompiler.targets.tvm.vecmath.ACTIVATIONS`.
-        residual: the value that is added, or None.
+        residuals: values that are added.
+        late: whether the activation comes after them.
         requantize: the static fake-quant that alone reads the result, or None.
     """
 
     linear: Linear
     nodes: list[ir.Node]
     activation: str = ""
-    residual: ir.Value | None = None
+    residuals: list[ir.Value] = dataclasses.field(default_factory=list)
+    late: bool = False
     requantize: ir.Node | None = None
 
     @property
@@ -49,7 +56,11 @@ def plan(model: ir.Model, facts: Facts, group: int) -> list[Fused]:
     for linear in linears(model):
         fused = Fused(linear, [linear.matmul, *([linear.add] if linear.add is not None else [])])
         _take_activation(fused)
-        _take_residual(fused, facts, taken)
+        while len(fused.residuals) < RESIDUALS and _take_residual(fused, facts, taken):
+            pass
+        if fused.residuals and not fused.activation:
+            _take_activation(fused)
+            fused.late = fused.activation != ""
         reader = sole_user(fused.output)
         if is_static(reader) and linear.out_features % group == 0:
             fused.requantize = reader
@@ -94,16 +105,34 @@ def silu_of(x: ir.Value) -> list[ir.Node] | None:
     return [sigmoid, product] if {*product.inputs} == {x, sigmoid.outputs[0]} else None
 
 
-def _take_residual(fused: Fused, facts: Facts, taken: set[ir.Node]) -> None:
+def _take_residual(fused: Fused, facts: Facts, taken: set[ir.Node]) -> bool:
     """The other operand of an Add of the same shape; of two Linears that one Add joins, the first takes it."""
     addition = sole_user(fused.output)
     if addition is None or addition.op_type != "Add" or addition.domain != "" or addition in taken:
-        return
+        return False
     other = addition.inputs[1] if addition.inputs[0] is fused.output else addition.inputs[0]
     if other is None or other is fused.output or array_of(other) is not None:
-        return
+        return False
     shapes = [facts.get(value.name or "") for value in (fused.output, other)]
     if shapes[0] is None or shapes[1] is None or shapes[0].shape != shapes[1].shape:
-        return
-    fused.residual = other
+        return False
+    fused.residuals.append(other)
     fused.nodes.append(addition)
+    return True
+
+
+def smoothing_of(quant: ir.Node) -> tuple[ir.Node, ir.Value, npt.NDArray[Any]] | None:
+    """The Mul, x and the multiplier where a fake-quant alone reads x · vector along the last axis."""
+    product = quant.inputs[0].producer() if quant.inputs[0] is not None else None
+    if (
+        product is None
+        or product.op_type != "Mul"
+        or product.domain != ""
+        or sole_user(product.outputs[0]) is not quant
+    ):
+        return None
+    for place, value in enumerate(product.inputs):
+        vector, x = array_of(value), product.inputs[1 - place]
+        if vector is not None and x is not None and vector.ndim == 1 and vector.size > 1 and x.shape is not None:
+            return (product, x, vector) if x.shape[-1] == vector.size else None
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from qcompiler.targets.tvm.emit import blocks, elementwise, movement, reductions
 from qcompiler.targets.tvm.emit import linears as products
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.dims import Size, symbol
-from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan
+from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan, smoothing_of
 from qcompiler.targets.tvm.emit.numbers import Numbers, compute, is_open
 from qcompiler.targets.tvm.isa import Isa, fits_maddubs, with_narrow_weights
 
@@ -89,9 +89,16 @@ class _Emitter:
         self.notes: list[Note] = []
         self.nodes: dict[str, str] = {}
         self.products = {linear.matmul for linear in linears(model) if products.refusal(linear) is None}
+        weight_quants = {linear.weight_quant for linear in linears(model)}
         fused = plan(model, self.facts, isa.group)
+        self.smoothed = {
+            quant: found
+            for quant in model.graph
+            if is_call(quant, *FAKE_QUANT) and quant not in weight_quants and (found := smoothing_of(quant)) is not None
+        }
         self.anchors = {item.nodes[-1]: item for item in fused}
         self.skipped = {node for item in fused for node in item.nodes[:-1]}
+        self.skipped |= {product for product, _, _ in self.smoothed.values()}
 
     def emit(self) -> Emitted:
         builder = self.builder
@@ -234,18 +241,35 @@ class _Emitter:
         if is_call(node, "FakeQuant") and not is_static(node):
             raise ValueError("it has more than one scale")
         if node not in self.integers:
-            self.integers[node] = products.quantize(self.builder, node, self.tensor(node.inputs[0]))
+            smoothed = self.smoothed.get(node)
+            x = self.tensor(node.inputs[0] if smoothed is None else smoothed[1])
+            self.integers[node] = products.quantize(self.builder, node, x, self._multiplier(node))
         if all(reader in self.products for reader in users(node.outputs[0])) and not node.outputs[0].is_graph_output():
             return []
         return [products.restored(self.builder, self.integers[node])]
 
+    def _multiplier(self, quant: ir.Node) -> Tensor | None:
+        if quant not in self.smoothed:
+            return None
+        name = quant.inputs[0].name if quant.inputs[0] is not None else ""
+        return self.builder.constant(f"{name}.multiplier", self.smoothed[quant][2].astype(np.float32))
+
+    def _quants_of(self, value: ir.Value) -> Iterator[ir.Node]:
+        """Fake-quants that a norm can compute along: of the value, or of its product with a vector."""
+        behind = {product: quant for quant, (product, _, _) in self.smoothed.items()}
+        for reader in users(value):
+            quant = behind.get(reader, reader)
+            if is_static(quant) or is_call(quant, "FakeQuantPerToken"):
+                yield quant
+
     def _norm(self, node: ir.Node) -> Tensor:
         if len([value for value in node.outputs if value.uses()]) > 1:
             raise ValueError("its mean or deviation is read")
-        quant = next((q for q in users(node.outputs[0]) if is_static(q) or is_call(q, "FakeQuantPerToken")), None)
+        quant = next(self._quants_of(node.outputs[0]), None)
         x, weight = (self.tensor(value) for value in node.inputs[:2])
         bias = self.tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-        y, integers = blocks.norm(self.builder, node, x, weight, bias, quant)
+        multiplier = self._multiplier(quant) if quant is not None else None
+        y, integers = blocks.norm(self.builder, node, (x, weight, bias), quant, multiplier)
         if quant is not None and integers is not None:
             self.integers[quant] = integers
         return y
@@ -286,16 +310,16 @@ class _Emitter:
         linear = fused.linear
         reason = products.refusal(linear)
         bias = self.constant(linear.bias) if linear.bias is not None else None
-        residual = self.tensor(fused.residual) if fused.residual is not None else None
+        residuals = [self.tensor(value) for value in fused.residuals]
         if reason is None:
             assert linear.activation_quant is not None
             x = self.integers[linear.activation_quant]
-            y, m = products.emit_int8(self.builder, fused, x, bias, residual), x.sizes
+            y, m = products.emit_int8(self.builder, fused, x, bias, residuals), x.sizes
         else:
             weight = self.constant(linear.matmul.inputs[1])
             assert weight is not None
             source = self.tensor(linear.matmul.inputs[0])
-            y, m = products.emit_float(self.builder, fused, source, weight, bias, residual), source.sizes
+            y, m = products.emit_float(self.builder, fused, source, weight, bias, residuals), source.sizes
         self.nodes[linear.name] = "int8" if reason is None else "float"
         self.notes.append(products.kernel_note(fused, reason, self.builder.isa))
         if fused.requantize is None:

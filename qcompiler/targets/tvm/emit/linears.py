@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,18 +69,19 @@ def steps_tensor(builder: Builder, quant: ir.Node) -> Tensor:
     return builder.constant(name, np.array(static_steps(quant), np.float32))
 
 
-def quantize(builder: Builder, quant: ir.Node, x: Tensor) -> Integers:
-    """The integers of a fake-quant call."""
+def quantize(builder: Builder, quant: ir.Node, x: Tensor, multiplier: Tensor | None = None) -> Integers:
+    """The integers of a fake-quant call on x, or on x · multiplier."""
     rows, granularity = builder.rows(x), GRANULARITY[quant.op_type]
     (m, count), isa = rows.sizes, builder.isa
     assert isinstance(count, int)
-    kernel = Quantize(count, granularity)
+    kernel = Quantize(count, granularity, multiplier is not None)
+    inputs = [rows, *([multiplier] if multiplier is not None else [])]
     values = ((m, padded(count, isa)), isa.activation)
     if granularity == "static":
-        (q,) = builder.call(kernel, [rows, steps_tensor(builder, quant)], [values])
+        (q,) = builder.call(kernel, [*inputs, steps_tensor(builder, quant)], [values])
         return Integers(q, x.sizes, granularity, *static_steps(quant))
     scales = (m if granularity == "row" else 1,)
-    q, x_scale, x_zero = builder.call(kernel, [rows], [values, (scales, "float32"), (scales, "int32")])
+    q, x_scale, x_zero = builder.call(kernel, inputs, [values, (scales, "float32"), (scales, "int32")])
     return Integers(q, x.sizes, granularity, x_scale=x_scale, x_zero=x_zero)
 
 
@@ -121,7 +123,7 @@ def refusal(linear: Linear) -> str | None:
     return None
 
 
-def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residual: Tensor | None) -> Tensor:
+def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residuals: Sequence[Tensor]) -> Tensor:
     """The product of quantized x; the result has the shape of the Linear's output, or is [m, N] integers."""
     linear, isa = fused.linear, builder.isa
     weight = array_of(linear.weight)
@@ -140,35 +142,34 @@ def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residual: 
     for suffix, vector in (("offset", offset), ("scale", scale)):
         inputs.append(builder.constant(f"{linear.name}.{suffix}", gemm_int8.pad_columns(vector, isa)))
     inputs += [tensor for tensor in (x.x_scale, x.x_zero) if tensor is not None]
-    epilogue = _epilogue(builder, fused, bias, residual, inputs, gemm_int8.pad_columns)
+    epilogue = _epilogue(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
     kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales, epilogue)
     return _call(builder, kernel, inputs, x.values.sizes[0], (*x.sizes[:-1], linear.out_features))
 
 
 def emit_float(
-    builder: Builder, fused: Fused, x: Tensor, weight: npt.NDArray[Any], bias: Any, residual: Tensor | None
+    builder: Builder, fused: Fused, x: Tensor, weight: npt.NDArray[Any], bias: Any, residuals: Sequence[Tensor]
 ) -> Tensor:
     """The product of float x."""
     linear, isa = fused.linear, builder.isa
     rows = builder.rows(x)
     name = linear.weight.name or linear.name
     inputs = [rows, builder.constant(f"{name}.float", gemm_f32.pack(weight, isa))]
-    epilogue = _epilogue(builder, fused, bias, residual, inputs, gemm_int8.pad_columns)
+    epilogue = _epilogue(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
     kernel = gemm_f32.GemmF32(linear.in_features, linear.out_features, epilogue)
     return _call(builder, kernel, inputs, rows.sizes[0], (*x.sizes[:-1], linear.out_features))
 
 
 def _epilogue(
-    builder: Builder, fused: Fused, bias: Any, residual: Tensor | None, inputs: list[Tensor], pad: Any
+    builder: Builder, fused: Fused, bias: Any, residuals: Sequence[Tensor], inputs: list[Tensor], pad: Any
 ) -> Epilogue:
     """The epilogue, its arguments appended to ``inputs``."""
     if bias is not None:
         inputs.append(builder.constant(f"{fused.linear.name}.bias", pad(bias.astype(np.float32), builder.isa)))
-    if residual is not None:
-        inputs.append(builder.rows(residual))
+    inputs += [builder.rows(residual) for residual in residuals]
     if fused.requantize is not None:
         inputs.append(steps_tensor(builder, fused.requantize))
-    return Epilogue(bias is not None, fused.activation, residual is not None, fused.requantize is not None)
+    return Epilogue(bias is not None, fused.activation, len(residuals), fused.late, fused.requantize is not None)
 
 
 def _call(builder: Builder, kernel: Any, inputs: list[Tensor], m: Size, sizes: tuple[Size, ...]) -> Tensor:
@@ -179,7 +180,9 @@ def _call(builder: Builder, kernel: Any, inputs: list[Tensor], m: Size, sizes: t
 
 def kernel_note(fused: Fused, reason: str | None, isa: Isa) -> Note:
     """What became of a Linear, for the report."""
-    after = [name for name in (fused.activation, "residual" if fused.residual is not None else "") if name]
+    after = ["residual"] * len(fused.residuals)
+    if fused.activation:
+        after.insert(len(after) if fused.late else 0, fused.activation)
     if fused.requantize is not None:
         after.append("quantize")
     what = f"int8 GEMM ({isa.dot})" if reason is None else "float GEMM"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,30 +40,34 @@ def quantize_reference(x: npt.NDArray[np.float32], scale: float, zero_point: int
 
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """In this order: + bias[n], activation, + residual[m, n], quantize.
+    """In this order: + bias[n], activation, + residuals[m, n], activation if it is ``late``, quantize.
 
     Attributes:
         bias: whether the kernel takes a bias [n].
         activation: a name of :data:`qcompiler.targets.tvm.vecmath.ACTIVATIONS`, or "".
-        residual: whether the kernel takes a residual of the output's shape.
+        residuals: how many residuals of the output's shape the kernel takes.
+        late: whether the activation comes after the residuals.
         quantized: whether the output is quantized by ``steps`` (:data:`STEPS`), an argument; else it is float32.
     """
 
     bias: bool = False
     activation: str = ""
-    residual: bool = False
+    residuals: int = 0
+    late: bool = False
     quantized: bool = False
 
     def dtype(self, activation_dtype: str) -> str:
         """Of the output."""
         return activation_dtype if self.quantized else "float32"
 
-    def apply(self, value: Any, residual: Any, steps: Any, dtype: str) -> Any:
-        """What follows the bias, of one vector; ``residual`` (a vector) and ``steps`` are None where there are none."""
-        if self.activation:
+    def apply(self, value: Any, residuals: Sequence[Any], steps: Any, dtype: str) -> Any:
+        """What follows the bias, of one vector; ``steps`` is None where nothing is quantized."""
+        if self.activation and not self.late:
             value = ACTIVATIONS[self.activation](value)
-        if residual is not None:
+        for residual in residuals:
             value = value + residual
+        if self.activation and self.late:
+            value = ACTIVATIONS[self.activation](value)
         return quantize(value, steps, dtype) if self.quantized else value
 
 
@@ -75,7 +80,7 @@ class Finisher:
 
     Args:
         epilogue: what to do.
-        kernel, m, isa: where the arguments go; bias is [``padded``], residual and y are [m, N].
+        kernel, m, isa: where the arguments go; bias is [``padded``], residuals and y are [m, N].
         out_features, padded: N, and N rounded up to whole tiles.
     """
 
@@ -83,7 +88,8 @@ class Finisher:
         self.epilogue, self.out_features = epilogue, out_features
         self.ragged = padded != out_features
         self.bias = kernel.argument("bias", (padded,)) if epilogue.bias else None
-        self.residual = kernel.argument("residual", (m, out_features)) if epilogue.residual else None
+        shape = (m, out_features)
+        self.residuals = [kernel.argument(f"residual{i}", shape) for i in range(epilogue.residuals)]
         self.steps = kernel.argument("steps", STEPS) if epilogue.quantized else None
         self.dtype = epilogue.dtype(isa.activation)
         self.y = kernel.argument("y", (m, out_features), self.dtype)
@@ -106,5 +112,6 @@ class Finisher:
                     self._store(row, column + lane, 1, rest[lane])
 
     def _store(self, row: Any, column: Any, lanes: int, value: Any) -> None:
-        residual = self.residual[row, at(column, lanes)] if self.residual is not None else None
-        store(self.y, [row, at(column, lanes)], self.epilogue.apply(value, residual, self.steps, self.dtype))
+        here = [row, at(column, lanes)]
+        residuals = [residual[tuple(here)] for residual in self.residuals]
+        store(self.y, here, self.epilogue.apply(value, residuals, self.steps, self.dtype))

@@ -17,7 +17,7 @@ from qcompiler.targets.tvm.kernels.gemm_int8 import blocked
 
 @dataclasses.dataclass(frozen=True)
 class GemmF32:
-    """One shape of Linear: (x [m, K], weight packed, [bias [padded N]], [residual [m, N]], [steps], y [m, N])."""
+    """One shape of Linear: (x [m, K], weight packed, [bias [padded N]], [residuals [m, N]], [steps], y [m, N])."""
 
     in_features: int
     out_features: int

@@ -48,10 +48,10 @@ class GemmInt8:
         return _up(self.in_features, isa.group), _up(self.out_features, width)
 
     def build(self, isa: Isa, name: str) -> Any:
-        """The PrimFunc: (x, weight, offset, scale, [x_scale, x_zero], [bias], [residual], [steps], y).
+        """The PrimFunc: (x, weight, offset, scale, [x_scale, x_zero], [bias], [residuals], [steps], y).
 
         x [m, padded K] of ``isa.activation``; weight packed; offset int32 and scale, bias float32 [padded N]; x_scale
-        float32 and x_zero int32 [m] or [1]; residual float32 [m, N]; y [m, N].
+        float32 and x_zero int32 [m] or [1]; residuals float32 [m, N]; y [m, N].
 
         With static scales offset = z_x · Σ_k W, scale = s_x · s_w; otherwise offset = Σ_k W and scale = s_w.
         """

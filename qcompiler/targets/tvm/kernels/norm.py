@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.targets.tvm.builder import at, columns, f32, horizontal, kernel_named, local, size, spread, store
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import STEPS
-from qcompiler.targets.tvm.kernels.quantize import static_row, symmetric_row
+from qcompiler.targets.tvm.kernels.quantize import smoothed, static_row, symmetric_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,10 @@ class Norm:
         epsilon: under the root.
         centred: False is RMSNorm.
         bias: whether there is one.
-        quantized: "": (x, weight, [bias], y). "static": (x, weight, [bias], steps, y, q). "row": (x, weight, [bias], y,
-            q, x_scale, x_zero), as :class:`qcompiler.targets.tvm.kernels.quantize.Quantize` gives them.
+        smoothed: whether the normalized value is multiplied by a vector [features] before it is quantized; y is not.
+        quantized: "": (x, weight, [bias], y). "static": (x, weight, [bias], [multiplier], steps, y, q). "row": (x,
+            weight, [bias], [multiplier], y, q, x_scale, x_zero), as
+            :class:`qcompiler.targets.tvm.kernels.quantize.Quantize` gives them.
     """
 
     features: int
@@ -31,6 +33,7 @@ class Norm:
     centred: bool = True
     bias: bool = False
     quantized: str = ""
+    smoothed: bool = False
 
     def build(self, isa: Isa, name: str) -> Any:
         """The PrimFunc; x and y are [m, features]."""
@@ -40,6 +43,7 @@ class Norm:
             x = kernel.argument("x", (m, count))
             weight = kernel.argument("weight", (count,))
             bias = kernel.argument("bias", (count,)) if self.bias else None
+            multiplier = kernel.argument("multiplier", (count,)) if self.smoothed else None
             steps = kernel.argument("steps", STEPS) if self.quantized == "static" else None
             y = kernel.argument("y", (m, count))
             if self.quantized:
@@ -50,9 +54,9 @@ class Norm:
             with T.parallel(0, m) as row:
                 self._row(isa, row, x, weight, bias, y)
                 if self.quantized == "static":
-                    static_row(y, row, q, count, padded, steps, isa)
+                    static_row(smoothed(y, multiplier), row, q, count, padded, steps, isa)
                 elif self.quantized == "row":
-                    symmetric_row(y, row, q, count, padded, x_scale, x_zero, isa)
+                    symmetric_row(smoothed(y, multiplier), row, q, count, padded, x_scale, x_zero, isa)
         return kernel.function
 
     def _row(self, isa: Isa, row: Any, x: Any, weight: Any, bias: Any, y: Any) -> None:

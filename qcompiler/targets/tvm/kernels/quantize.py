@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -37,17 +38,20 @@ class Quantize:
         in_features: K.
         granularity: "static": (x, steps, q). "row": (x, q, x_scale [m], x_zero [m]): symmetric, max|row| / 127 about
             128. "tensor": the same with one element each, asymmetric as ONNX's DynamicQuantizeLinear.
+        smoothed: whether a multiplier float32 [K] follows x: x · multiplier is what is quantized.
     """
 
     in_features: int
     granularity: str = "static"
+    smoothed: bool = False
 
     def build(self, isa: Isa, name: str) -> Any:
         """The PrimFunc, with the arguments of the granularity."""
         m, count = size("m"), self.in_features
         padded = -(-count // isa.group) * isa.group
         with kernel_named(name) as kernel:
-            x = kernel.argument("x", (m, count))
+            buffer = kernel.argument("x", (m, count))
+            x = smoothed(buffer, kernel.argument("multiplier", (count,)) if self.smoothed else None)
             steps = kernel.argument("steps", STEPS) if self.granularity == "static" else None
             q = kernel.argument("q", (m, padded), isa.activation)
             if steps is None:
@@ -64,7 +68,7 @@ class Quantize:
                         symmetric_row(x, row, q, count, padded, x_scale, x_zero, isa)
         return kernel.function
 
-    def _tensor(self, isa: Isa, m: Any, x: Any, q: Any, x_scale: Any, x_zero: Any, padded: int) -> None:
+    def _tensor(self, isa: Isa, m: Any, x: Load, q: Any, x_scale: Any, x_zero: Any, padded: int) -> None:
         """The range, widened to hold 0, in 255 steps; a tensor of zeros has scale 1 and gives zeros."""
         count = self.in_features
         low, high = _range(x, m, count, isa)
@@ -75,7 +79,7 @@ class Quantize:
         with T.parallel(0, m) as row:
 
             def body(c: Any, w: int) -> None:
-                value = round_even(x[row, at(c, w)] / spread(x_scale[0], w)) + spread(cast(x_zero[0], "float32"), w)
+                value = round_even(x(row, c, w) / spread(x_scale[0], w)) + spread(cast(x_zero[0], "float32"), w)
                 inside = tirx.min(tirx.max(value, f32(0.0, w)), f32(255.0, w))
                 store(q, [row, at(c, w)], cast(cast(inside, "int32"), isa.activation))
 
@@ -83,7 +87,18 @@ class Quantize:
             pad(q, row, count, padded, isa.activation)
 
 
-def _range(x: Any, m: Any, count: int, isa: Isa) -> tuple[Any, Any]:
+Load = Callable[[Any, Any, int], Any]
+"""One vector of an activation: (row, first column, lanes)."""
+
+
+def smoothed(x: Any, multiplier: Any) -> Load:
+    """Loads of x, multiplied by a vector along the last axis where there is one."""
+    if multiplier is None:
+        return lambda row, c, w: x[row, at(c, w)]
+    return lambda row, c, w: x[row, at(c, w)] * multiplier[at(c, w)]
+
+
+def _range(x: Load, m: Any, count: int, isa: Isa) -> tuple[Any, Any]:
     """Local buffers whose first element is min(x, 0) and max(x, 0)."""
     low, high = local(isa.lanes), local(isa.lanes)
     for buffer in (low, high):
@@ -93,7 +108,7 @@ def _range(x: Any, m: Any, count: int, isa: Isa) -> tuple[Any, Any]:
 
         def body(c: Any, w: int) -> None:
             for buffer, combine in ((low, tirx.min), (high, tirx.max)):
-                store(buffer, [at(0, w)], combine(buffer[at(0, w)], x[row, at(c, w)]))
+                store(buffer, [at(0, w)], combine(buffer[at(0, w)], x(row, c, w)))
 
         columns(count, isa.lanes, body)
     for buffer, combine in ((low, tirx.min), (high, tirx.max)):
@@ -101,13 +116,13 @@ def _range(x: Any, m: Any, count: int, isa: Isa) -> tuple[Any, Any]:
     return low, high
 
 
-def row_scale(x: Any, row: Any, count: int, isa: Isa) -> Any:
+def row_scale(x: Load, row: Any, count: int, isa: Isa) -> Any:
     """max|row| / 127."""
     largest = local(isa.lanes)
     store(largest, [at(0, isa.lanes)], f32(0.0, isa.lanes))
 
     def body(c: Any, w: int) -> None:
-        value = x[row, at(c, w)]
+        value = x(row, c, w)
         magnitude = tirx.max(value, f32(0.0, w) - value)
         store(largest, [at(0, w)], tirx.max(largest[at(0, w)], magnitude))
 
@@ -115,23 +130,23 @@ def row_scale(x: Any, row: Any, count: int, isa: Isa) -> Any:
     return tirx.max(horizontal(largest, isa.lanes, tirx.max), f32(TINY)) / f32(127.0)
 
 
-def static_row(x: Any, row: Any, q: Any, count: int, padded: int, steps: Any, isa: Isa) -> None:
+def static_row(x: Load, row: Any, q: Any, count: int, padded: int, steps: Any, isa: Isa) -> None:
     """One row by a static scale and zero point."""
 
     def body(c: Any, w: int) -> None:
-        store(q, [row, at(c, w)], quantize(x[row, at(c, w)], steps, isa.activation))
+        store(q, [row, at(c, w)], quantize(x(row, c, w), steps, isa.activation))
 
     columns(count, isa.lanes, body)
     pad(q, row, count, padded, isa.activation)
 
 
-def symmetric_row(x: Any, row: Any, q: Any, count: int, padded: int, x_scale: Any, x_zero: Any, isa: Isa) -> None:
+def symmetric_row(x: Load, row: Any, q: Any, count: int, padded: int, x_scale: Any, x_zero: Any, isa: Isa) -> None:
     """One row by its own scale: round(x / scale) + 128."""
     store(x_scale, [row], row_scale(x, row, count, isa))
     store(x_zero, [row], i32(128))
 
     def body(c: Any, w: int) -> None:
-        steps = round_even(x[row, at(c, w)] / spread(x_scale[row], w)) + f32(128.0, w)
+        steps = round_even(x(row, c, w) / spread(x_scale[row], w)) + f32(128.0, w)
         store(q, [row, at(c, w)], cast(cast(steps, "int32"), isa.activation))
 
     columns(count, isa.lanes, body)
