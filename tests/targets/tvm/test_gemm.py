@@ -20,17 +20,19 @@ from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, quantize_ref
 ROWS = (1, 2, 3, 7, 96, 97, 257)
 STEPS = (0.03, 100)
 FULL = Epilogue(bias=True, activation="gelu", residuals=1)
+LATE = Epilogue(bias=True, activation="gelu", residuals=2, late=True)
 QUANTIZED = Epilogue(bias=True, activation="relu", quantized=True)
 
 
 def finished(sums: np.ndarray, epilogue: Epilogue, bias: np.ndarray, residual: np.ndarray) -> np.ndarray:
     """The epilogue in numpy."""
     y = sums + bias if epilogue.bias else sums
+    y = y + residual * epilogue.residuals if epilogue.late else y
     if epilogue.activation == "gelu":
         y = (0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))).astype(np.float32)
     if epilogue.activation == "relu":
         y = np.maximum(y, 0)
-    y = y + residual if epilogue.residuals else y
+    y = y + residual if epilogue.residuals and not epilogue.late else y
     return quantize_reference(y, *STEPS) if epilogue.quantized else y
 
 
@@ -56,7 +58,7 @@ def run_int8(isa: Isa, shape: tuple[int, int], scales: str, epilogue: Epilogue, 
         arguments += [gemm_int8.pad_columns(vector, isa) for vector in vectors]
         arguments += [] if static else [x_scale, x_zero]
         arguments += [gemm_int8.pad_columns(bias, isa)] if epilogue.bias else []
-        arguments += [residual] if epilogue.residuals else []
+        arguments += [residual] * epilogue.residuals
         arguments += [np.array(STEPS, np.float32)] if epilogue.quantized else []
         y = np.zeros((m, out_features), epilogue.dtype(isa.activation))
         kernel(*arguments, y)
@@ -74,8 +76,14 @@ def test_int8_products_are_exact(isa: Isa) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "scales", "epilogue"),
-    [((64, 64), "row", FULL), ((5, 3), "tensor", FULL), ((66, 31), "static", QUANTIZED), ((64, 48), "row", QUANTIZED)],
-    ids=["row", "tensor", "static", "row-quantized"],
+    [
+        ((64, 64), "row", FULL),
+        ((5, 3), "tensor", FULL),
+        ((66, 31), "static", QUANTIZED),
+        ((9, 31), "static", LATE),
+        ((64, 48), "row", QUANTIZED),
+    ],
+    ids=["row", "tensor", "static", "late", "row-quantized"],
 )
 def test_int8_epilogues(shape: tuple[int, int], scales: str, epilogue: Epilogue) -> None:
     run_int8(here(), shape, scales, epilogue, 64)

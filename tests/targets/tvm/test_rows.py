@@ -146,3 +146,23 @@ def test_activations(name: str) -> None:
     compiled(Pointwise(name), here())(x, y)
     expected = np.array([EXACT[name](float(number)) for number in x])
     assert (np.abs(y - expected) <= 1e-6 * np.maximum(1, np.abs(expected))).all()
+
+
+@pytest.mark.parametrize("granularity", ["static", "row"])
+def test_smoothing_inside_the_quantizer(granularity: str) -> None:
+    """x · multiplier is what is quantized, alone and behind a norm; the norm's own output stays as it is."""
+    rng, m, count = np.random.default_rng(0), 3, 37
+    x = rng.standard_normal((m, count)).astype(np.float32)
+    multiplier = (rng.random(count) + 0.5).astype(np.float32)
+    q, scale, zero = np.zeros((m, padded(count)), here().activation), np.zeros(m, np.float32), np.zeros(m, np.int32)
+    after = [q] if granularity == "static" else [q, scale, zero]
+    steps = [STEPS] if granularity == "static" else []
+    compiled(Quantize(count, granularity, True), here())(x, multiplier, *steps, *after)
+    column = (np.full((m, 1), STEPS[0]), STEPS[1]) if granularity == "static" else (scale[:, None], 128)
+    check_integers(q, x * multiplier, *column)
+    y, weight = np.zeros_like(x), np.ones(count, np.float32)
+    kernel = compiled(Norm(count, 1e-5, False, False, granularity, True), here())
+    kernel(x, weight, multiplier, *steps, y, *after)
+    column = (np.full((m, 1), STEPS[0]), STEPS[1]) if granularity == "static" else (scale[:, None], 128)
+    check_integers(q, y * multiplier, *column)
+    np.testing.assert_allclose(y, x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5), atol=1e-6)

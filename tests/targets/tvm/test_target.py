@@ -14,7 +14,7 @@ import pytest
 import qcompiler
 from qcompiler.core import ArtefactError, DataError, OptionError, TargetError
 from qcompiler.graph.run import Runner
-from tests import families
+from tests import families, models
 
 pytest.importorskip("tvm", reason="Apache TVM is not installed: pip install 'qcompiler[tvm]'")
 
@@ -112,3 +112,16 @@ def test_what_is_not_understood_is_named() -> None:
         emit(model, detect())
     with pytest.raises(TargetError, match="LLVM knows no processor 'pentium9'"):
         detect("pentium9")
+
+
+@pytest.mark.slow
+def test_minilm_beside_ort_cpu(minilm: Path) -> None:
+    """The whole default pipeline (split and smooth included): within 0.1 dB of ort-cpu, compiled within a minute."""
+    data = models.data("wikitext2/valid.txt")
+    loss = {}
+    for target in ("ort-cpu", "tvm-llvm"):
+        compiled = qcompiler.compile(minilm, calibration=data, limit=32, seq_len=64, target=target, progress=False)
+        loss[target] = compiled.report.output_sqnr_db["last_hidden_state"]
+        assert compiled.report.coverage_body == 1.0
+    assert loss["tvm-llvm"] > loss["ort-cpu"] - 0.1
+    assert compiled.report.seconds["lower"] <= 60
