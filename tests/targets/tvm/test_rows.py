@@ -166,3 +166,19 @@ def test_smoothing_inside_the_quantizer(granularity: str) -> None:
     column = (np.full((m, 1), STEPS[0]), STEPS[1]) if granularity == "static" else (scale[:, None], 128)
     check_integers(q, y * multiplier, *column)
     np.testing.assert_allclose(y, x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("middle", [20, 200])
+def test_rows_about_another_zero_point(middle: int) -> None:
+    """The scale is the least that holds both ends of the row: nothing saturates, and 1 or 255 is reached."""
+    rng, m, count = np.random.default_rng(0), 4, 37
+    x = (rng.standard_normal((m, count)) + 1).astype(np.float32)
+    x[0], x[1] = np.abs(x[0]), -np.abs(x[1])
+    q, scale, zero = np.zeros((m, padded(count)), here().activation), np.zeros(m, np.float32), np.zeros(m, np.int32)
+    compiled(Quantize(count, "row", zero_point=middle), here())(x, q, scale, zero)
+    assert (zero == middle).all()
+    expected = np.maximum(x.max(1) / np.float32(255 - middle), x.min(1) / np.float32(1 - middle))
+    np.testing.assert_allclose(scale, expected, rtol=3e-7)
+    check_integers(q, x, scale[:, None], middle)
+    used = q[:, :count]
+    assert ((used.max(1) == 255) | (used.min(1) == 1)).all()

@@ -13,7 +13,7 @@ from tvm import tirx
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.dims import Dim, Size, product
 from qcompiler.targets.tvm.emit.elementwise import broadcast, element
-from qcompiler.targets.tvm.emit.linears import GRANULARITY, Integers, padded, static_steps, steps_tensor
+from qcompiler.targets.tvm.emit.linears import GRANULARITY, Integers, padded, static_steps, steps_tensor, zero_of_rows
 from qcompiler.targets.tvm.emit.movement import expand, transpose
 from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
 from qcompiler.targets.tvm.kernels.attention import Attention
@@ -51,6 +51,7 @@ def norm(
         bias is not None,
         granularity,
         multiplier is not None,
+        128 if quant is None else zero_of_rows(quant),
     )
     inputs = [rows, weight, *(tensor for tensor in (bias, multiplier) if tensor is not None)]
     outputs: list[tuple[Sequence[Size], str]] = [((m, count), "float32")]

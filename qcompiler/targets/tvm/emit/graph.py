@@ -238,6 +238,8 @@ class _Emitter:
 
     def _fake_quant(self, node: ir.Node) -> list[Tensor]:
         """The integers are for the Linears; what else reads the value gets it in float."""
+        if node.op_type not in products.GRANULARITY:
+            raise ValueError("the operator is not among those it has")
         if is_call(node, "FakeQuant") and not is_static(node):
             raise ValueError("it has more than one scale")
         if node not in self.integers:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.core import Note
 from qcompiler.graph.edit import array_of
-from qcompiler.graph.functions import is_call
+from qcompiler.graph.functions import is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear
 from qcompiler.targets.tvm.builder import f32
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
@@ -63,6 +63,11 @@ def static_steps(quant: ir.Node) -> tuple[float, int]:
     return float(scale.reshape(())), int(zero.reshape(())) + (128 if signed else 0)
 
 
+def zero_of_rows(quant: ir.Node) -> int:
+    """The zero point of a per-token fake-quant; the usual one for the others, which do not ask for it."""
+    return round(zero_point_of_rows(quant)) if is_call(quant, "FakeQuantPerToken") else 128
+
+
 def steps_tensor(builder: Builder, quant: ir.Node) -> Tensor:
     """Scale and zero point as the kernels' argument."""
     name = f"{quant.inputs[1].name if quant.inputs[1] else ''}.steps"
@@ -74,7 +79,7 @@ def quantize(builder: Builder, quant: ir.Node, x: Tensor, multiplier: Tensor | N
     rows, granularity = builder.rows(x), GRANULARITY[quant.op_type]
     (m, count), isa = rows.sizes, builder.isa
     assert isinstance(count, int)
-    kernel = Quantize(count, granularity, multiplier is not None)
+    kernel = Quantize(count, granularity, multiplier is not None, zero_of_rows(quant))
     inputs = [rows, *([multiplier] if multiplier is not None else [])]
     values = ((m, padded(count, isa)), isa.activation)
     if granularity == "static":

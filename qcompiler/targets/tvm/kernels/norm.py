@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.targets.tvm.builder import at, columns, f32, horizontal, kernel_named, local, size, spread, store
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import STEPS
-from qcompiler.targets.tvm.kernels.quantize import smoothed, static_row, symmetric_row
+from qcompiler.targets.tvm.kernels.quantize import dynamic_row, smoothed, static_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Norm:
         centred: False is RMSNorm.
         bias: whether there is one.
         smoothed: whether the normalized value is multiplied by a vector [features] before it is quantized; y is not.
+        zero_point: of rows that are quantized by their own scales.
         quantized: "": (x, weight, [bias], y). "static": (x, weight, [bias], [multiplier], steps, y, q). "row": (x,
             weight, [bias], [multiplier], y, q, x_scale, x_zero), as
             :class:`qcompiler.targets.tvm.kernels.quantize.Quantize` gives them.
@@ -34,6 +35,7 @@ class Norm:
     bias: bool = False
     quantized: str = ""
     smoothed: bool = False
+    zero_point: int = 128
 
     def build(self, isa: Isa, name: str) -> Any:
         """The PrimFunc; x and y are [m, features]."""
@@ -56,7 +58,7 @@ class Norm:
                 if self.quantized == "static":
                     static_row(smoothed(y, multiplier), row, q, count, padded, steps, isa)
                 elif self.quantized == "row":
-                    symmetric_row(smoothed(y, multiplier), row, q, count, padded, x_scale, x_zero, isa)
+                    dynamic_row(smoothed(y, multiplier), row, q, count, padded, x_scale, x_zero, self.zero_point, isa)
         return kernel.function
 
     def _row(self, isa: Isa, row: Any, x: Any, weight: Any, bias: Any, y: Any) -> None:

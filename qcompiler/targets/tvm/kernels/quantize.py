@@ -36,14 +36,17 @@ class Quantize:
 
     Attributes:
         in_features: K.
-        granularity: "static": (x, steps, q). "row": (x, q, x_scale [m], x_zero [m]): symmetric, max|row| / 127 about
-            128. "tensor": the same with one element each, asymmetric as ONNX's DynamicQuantizeLinear.
+        granularity: "static": (x, steps, q). "row": (x, q, x_scale [m], x_zero [m]): the least scale whose integers
+            1 … 255 about ``zero_point`` hold the row. "tensor": the same arguments of one element each, asymmetric as
+            ONNX's DynamicQuantizeLinear.
         smoothed: whether a multiplier float32 [K] follows x: x · multiplier is what is quantized.
+        zero_point: of every row, in 2 … 254.
     """
 
     in_features: int
     granularity: str = "static"
     smoothed: bool = False
+    zero_point: int = 128
 
     def build(self, isa: Isa, name: str) -> Any:
         """The PrimFunc, with the arguments of the granularity."""
@@ -65,7 +68,7 @@ class Quantize:
                     if steps is not None:
                         static_row(x, row, q, count, padded, steps, isa)
                     else:
-                        symmetric_row(x, row, q, count, padded, x_scale, x_zero, isa)
+                        dynamic_row(x, row, q, count, padded, x_scale, x_zero, self.zero_point, isa)
         return kernel.function
 
     def _tensor(self, isa: Isa, m: Any, x: Load, q: Any, x_scale: Any, x_zero: Any, padded: int) -> None:
@@ -116,18 +119,20 @@ def _range(x: Load, m: Any, count: int, isa: Isa) -> tuple[Any, Any]:
     return low, high
 
 
-def row_scale(x: Load, row: Any, count: int, isa: Isa) -> Any:
-    """max|row| / 127."""
-    largest = local(isa.lanes)
-    store(largest, [at(0, isa.lanes)], f32(0.0, isa.lanes))
+def row_scale(x: Load, row: Any, count: int, zero_point: int, isa: Isa) -> Any:
+    """max(highest / (255 - zero_point), lowest / (1 - zero_point))."""
+    low, high = local(isa.lanes), local(isa.lanes)
+    for buffer in (low, high):
+        store(buffer, [at(0, isa.lanes)], f32(0.0, isa.lanes))
 
     def body(c: Any, w: int) -> None:
-        value = x(row, c, w)
-        magnitude = tirx.max(value, f32(0.0, w) - value)
-        store(largest, [at(0, w)], tirx.max(largest[at(0, w)], magnitude))
+        for buffer, combine in ((low, tirx.min), (high, tirx.max)):
+            store(buffer, [at(0, w)], combine(buffer[at(0, w)], x(row, c, w)))
 
     columns(count, isa.lanes, body)
-    return tirx.max(horizontal(largest, isa.lanes, tirx.max), f32(TINY)) / f32(127.0)
+    above = horizontal(high, isa.lanes, tirx.max) / f32(255 - zero_point)
+    below = horizontal(low, isa.lanes, tirx.min) / f32(1 - zero_point)
+    return tirx.max(tirx.max(above, below), f32(TINY))
 
 
 def static_row(x: Load, row: Any, q: Any, count: int, padded: int, steps: Any, isa: Isa) -> None:
@@ -140,13 +145,15 @@ def static_row(x: Load, row: Any, q: Any, count: int, padded: int, steps: Any, i
     pad(q, row, count, padded, isa.activation)
 
 
-def symmetric_row(x: Load, row: Any, q: Any, count: int, padded: int, x_scale: Any, x_zero: Any, isa: Isa) -> None:
-    """One row by its own scale: round(x / scale) + 128."""
-    store(x_scale, [row], row_scale(x, row, count, isa))
-    store(x_zero, [row], i32(128))
+def dynamic_row(
+    x: Load, row: Any, q: Any, count: int, padded: int, x_scale: Any, x_zero: Any, zero_point: int, isa: Isa
+) -> None:
+    """One row by its own scale: round(x / scale) + zero_point."""
+    store(x_scale, [row], row_scale(x, row, count, zero_point, isa))
+    store(x_zero, [row], i32(zero_point))
 
     def body(c: Any, w: int) -> None:
-        steps = round_even(x(row, c, w) / spread(x_scale[row], w)) + f32(128.0, w)
+        steps = round_even(x(row, c, w) / spread(x_scale[row], w)) + f32(zero_point, w)
         store(q, [row, at(c, w)], cast(cast(steps, "int32"), isa.activation))
 
     columns(count, isa.lanes, body)
