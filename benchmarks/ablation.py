@@ -32,11 +32,11 @@ from benchmarks.protocol import (
 from qcompiler.frontends import open_data, open_source
 from qcompiler.runtime.evaluate import Metrics, OutputMetrics, evaluate
 
-BEFORE = ("rotate", "equalize", "split", "smooth")
+BEFORE = ("rotate", "equalize", "split", "smooth", "shift", "piecewise", "adaptive")
 """Transforms of the float model."""
 AFTER = ("clip", "gptq", "bias_correction")
 """What works on the quantized one."""
-TOGETHER = "rotate,split,smooth,annotate,insert,clip,gptq,bias_correction,fold"
+TOGETHER = "rotate,split,adaptive,annotate,insert,clip,gptq,bias_correction,fold"
 PIPELINES: dict[str, str | None] = {
     "nothing": "annotate,insert,fold",
     **{name: f"{name},annotate,insert,fold" for name in BEFORE},

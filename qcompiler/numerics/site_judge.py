@@ -79,20 +79,20 @@ class Judge:
         reduced: bool = False,
         loss: str = "mse",
     ) -> None:
-        self._reader, self._weight, self._reduced = reader, weight, reduced
+        self.reader, self._weight, self._reduced = reader, weight, reduced
         self._specs = tuple(specs)
         self._norms = np.einsum("kn,kn->k", reader.weight, reader.weight)
         reference = reader.rows if reader.reference is None else reader.reference
         self._exact = np.asarray(reference, np.float32) @ np.asarray(reader.weight, np.float32)
         self._loss = LOSSES[loss]
-        self._held_out = list(_held_out(reader.fold, len(reader.low)))
+        self._held_out = list(held_out(reader.fold, len(reader.low)))
         self._of_nothing = sum(
             self._loss(np.zeros_like(self._exact[held]), self._exact[held]) for held in self._held_out
         )
 
     def __call__(self, transforms: Sequence[Transform]) -> tuple[float, int]:
         """The error, and the number of the spec that it was reached with, of a transform made from each fold."""
-        folds = [(*self._reader.spread(each), held) for each, held in zip(transforms, self._held_out, strict=False)]
+        folds = [(*self.reader.spread(each), held) for each, held in zip(transforms, self._held_out, strict=False)]
         best = 0 if len(self._specs) == 1 else self._best_spec(folds)
         error = sum(
             self._loss(self._output(s, z, held, i, best), self._exact[held]) for i, (s, z, held) in enumerate(folds)
@@ -101,17 +101,26 @@ class Judge:
 
     def _output(self, s: Vector | None, z: Vector | None, held: Array, fold: int, spec: int) -> Array:
         """Q((x - z) / s) Q(s W) + z W."""
-        x = _transformed(self._reader.rows[held], s, z)
-        weight = self._reader.weight.copy() if s is None else self._reader.weight * s[:, None]
-        got = self._quantized(x, s, z, fold, spec) @ rounded_weight(weight, self._weight, self._reduced)
+        x = _transformed(self.reader.rows[held], s, z)
+        weight = self.reader.weight.copy() if s is None else self.reader.weight * s[:, None]
+        got = self._quantized(x, s, z, fold, spec) @ self.rounded(weight)
         if z is not None:
-            got += z @ self._reader.weight
+            got += z @ self.reader.weight
         return np.asarray(got)
+
+    def range_of(self, s: Vector | None, z: Vector | None, fold: int) -> tuple[np.float32, np.float32]:
+        """What a static range of x' covers, as one fold knows it, before the margin."""
+        low, high = (_transformed(extreme[fold], s, z) for extreme in (self.reader.low, self.reader.high))
+        return low.min(), high.max()
+
+    def rounded(self, weight: Array) -> Array:
+        """Q(W'), which may be written to."""
+        return rounded_weight(weight, self._weight, self._reduced)
 
     def _best_spec(self, folds: Sequence[tuple[Vector | None, Vector | None, Array]]) -> int:
         errors = np.zeros(len(self._specs))
         for fold, (s, z, held) in enumerate(folds):
-            x = _transformed(self._reader.rows[held], s, z)
+            x = _transformed(self.reader.rows[held], s, z)
             weights = self._norms if s is None else self._norms * s * s
             for i in range(len(self._specs)):
                 error = self._quantized(x, s, z, fold, i) - x
@@ -125,8 +134,8 @@ class Judge:
             return x
         if spec.dynamic:
             return fake_quantize_dynamic(x, spec)
-        low, high = (_transformed(extreme[fold], s, z) for extreme in (self._reader.low, self._reader.high))
-        scale, zero_point = scale_zero_point(low.min() * margin, high.max() * margin, spec)
+        low, high = self.range_of(s, z, fold)
+        scale, zero_point = scale_zero_point(low * margin, high * margin, spec)
         q_low, q_high = (q - int(zero_point) for q in integer_range(spec))
         q = x / scale
         np.rint(q, out=q)
@@ -160,7 +169,7 @@ LOSSES: Mapping[str, Callable[[Array, Array], float]] = {"mse": _squared, "mae":
 """Loss of outputs [n, N] against exact ones. An error is told relative to the loss of outputs that are all zero."""
 
 
-def _held_out(fold: Array, folds: int) -> Iterator[Array]:
+def held_out(fold: Array, folds: int) -> Iterator[Array]:
     """For each fold, the rows that its scales are judged on: each row is judged once, by a fold that is not its own."""
     turn = np.arange(len(fold)) % max(folds - 1, 1)
     judged_by = (fold + 1 + turn) % folds if folds > 1 else fold

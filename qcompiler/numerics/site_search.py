@@ -136,10 +136,10 @@ class SiteSearch:
         loss: str = "mse",
     ) -> None:
         variants = _variants(activation, margins, zero_points)
-        self._readers = readers
+        self.readers, self.weight, self.reduce_range = readers, weight, reduce_range
         self._specs = [(spec, margin) for spec, _, margin in variants]
-        judged = [(judged, margin) for _, judged, margin in variants]
-        self._judges = [Judge(reader, judged, weight, reduce_range, loss) for reader in readers]
+        self.judged = [(judged, margin) for _, judged, margin in variants]
+        self._judges = [Judge(reader, self.judged, weight, reduce_range, loss) for reader in readers]
         folds = min(len(reader.low) for reader in readers)
         self._errors: dict[Candidate, Judged] = {}
         parts = [_channels(readers, fold, channels, blocked, fixed) for fold in [*range(folds), None]]
@@ -174,9 +174,7 @@ class SiteSearch:
             best,
             transform,
             tuple(spec for spec, _ in chosen),
-            tuple(
-                reader.extremes(transform, margin) for reader, (_, margin) in zip(self._readers, chosen, strict=True)
-            ),
+            tuple(reader.extremes(transform, margin) for reader, (_, margin) in zip(self.readers, chosen, strict=True)),
             error,
             self.error(PLAIN)[0],
         )

@@ -11,6 +11,7 @@ PASSES = {
     "equalize": "qcompiler.passes.equalize:Equalize",
     "split": "qcompiler.passes.split:Split",
     "smooth": "qcompiler.passes.smooth:Smooth",
+    "piecewise": "qcompiler.passes.piecewise:Piecewise",
     "shift": "qcompiler.passes.shift:Shift",
     "adaptive": "qcompiler.passes.adaptive:Adaptive",
     "annotate": "qcompiler.passes.annotate:Annotate",

@@ -16,7 +16,7 @@ from qcompiler.numerics.affine import (
     quantize_weight,
     scale_zero_point,
 )
-from qcompiler.numerics.site_judge import LOSSES, Judge, Reader, Transform, _held_out
+from qcompiler.numerics.site_judge import LOSSES, Judge, Reader, Transform, held_out
 from qcompiler.numerics.site_search import (
     ALPHAS,
     FLOORS,
@@ -67,7 +67,7 @@ def test_outlier_channels_are_smoothed(spec: TensorSpec) -> None:
     np.testing.assert_allclose(choice.transform.scale, expected, rtol=1e-6)
 
 
-def test_the_error_is_that_of_held_out_rows() -> None:
+def test_the_error_is_that_ofheld_out_rows() -> None:
     x, fold = normal()
     site = reader(x * OUTLIERS, fold)
     choice = SiteSearch([site], STATIC, WEIGHT, channels=CHANNELS, margins=(1.0,)).best(
@@ -76,7 +76,7 @@ def test_the_error_is_that_of_held_out_rows() -> None:
     wq = dequantize_weight(*quantize_weight(site.weight, WEIGHT), WEIGHT)
     exact = site.rows @ site.weight
     noise = 0.0
-    for f, held in enumerate(_held_out(fold, 4)):
+    for f, held in enumerate(held_out(fold, 4)):
         own = site.rows[fold == f]
         xq = fake_quantize(site.rows[held], *scale_zero_point(own.min(), own.max(), STATIC))
         noise += float(((xq @ wq - exact[held]) ** 2).sum())
@@ -85,7 +85,7 @@ def test_the_error_is_that_of_held_out_rows() -> None:
 
 def test_every_row_is_judged_once_and_never_by_its_own_fold() -> None:
     fold = np.random.default_rng(0).integers(0, 4, 300)
-    parts = list(_held_out(fold, 4))
+    parts = list(held_out(fold, 4))
     assert sorted(np.concatenate(parts)) == list(range(300))
     for f, held in enumerate(parts):
         assert f not in fold[held]
