@@ -60,7 +60,7 @@ def collect(
     for index, feeds in enumerate(_shown(batches, progress)):
         ran = True
         _observe(model, runner, feeds, by_value, index, first)
-        first += _samples_in(feeds)
+        first += samples_in(feeds)
     if not ran:
         raise DataError("the calibration data is empty: give at least one batch.")
     return {request: _result(request, observer) for request, observer in observers.items()}
@@ -75,7 +75,7 @@ def _observe(
     for name in arrays.keys() - by_value.keys():
         del arrays[name]
     for name, observers in by_value.items():
-        rows, samples = unpadded(arrays.pop(name), mask, _samples_in(feeds))
+        rows, samples = unpadded(arrays.pop(name), mask, samples_in(feeds))
         if (fault := not_finite(rows)) is not None:
             origin = first_nan(model, feeds, name) if fault == "NaN" else None
             raise DataError(
@@ -112,7 +112,7 @@ def _kept(x: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> npt.NDArray[np.
     return real.reshape(-1) if x.ndim == 2 and x.shape[0] == real.size else None
 
 
-def _samples_in(feeds: Feeds) -> int:
+def samples_in(feeds: Feeds) -> int:
     """Samples of a batch: the leading axis of the mask, or of the first input that has one."""
     arrays = [np.asarray(feeds[MASK])] if MASK in feeds else [np.asarray(array) for array in feeds.values()]
     return next((len(array) for array in arrays if array.ndim), 1) or 1

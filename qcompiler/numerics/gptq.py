@@ -45,6 +45,10 @@ class Rounded:
     error: npt.NDArray[np.float64]
     nearest_error: npt.NDArray[np.float64]
 
+    def values(self, grid: Grid) -> Array:
+        """The weight [in, out] that the integers stand for; ``grid`` is the one it was rounded to."""
+        return dataclasses.replace(grid, scale=self.scale, zero_point=self.zero_point).dequantized(self.q)
+
 
 def gptq(
     weight: Array,

@@ -17,6 +17,7 @@ PASSES = {
     "annotate": "qcompiler.passes.annotate:Annotate",
     "insert": "qcompiler.passes.insert:Insert",
     "clip": "qcompiler.passes.clip:Clip",
+    "clip_weights": "qcompiler.passes.clip_weights:ClipWeights",
     "gptq": "qcompiler.passes.gptq:Gptq",
     "bias_correction": "qcompiler.passes.bias_correction:BiasCorrection",
     "fold": "qcompiler.passes.fold:Fold",

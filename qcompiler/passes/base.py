@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from qcompiler.core import Capability, FoldPlan, Note, StatRequest
+from qcompiler.graph.run import Feeds
 from qcompiler.scheme import Scheme
 
 Stats = Mapping[StatRequest, Any]
@@ -24,6 +25,7 @@ class Context:
         scheme: what is to be quantized, and how.
         capability: what the target can run.
         seed: for every random choice.
+        data: the calibration feeds, for passes that go through the model piece by piece; None: there are none.
         float_model: the model as it was just before ``insert``, which leaves it here; None before that.
         collect: statistics of another model than the one being rewritten (quantized upstream, say), in one run over the
             calibration data; None: there is no data.
@@ -34,6 +36,7 @@ class Context:
     seed: int = 0
     float_model: ir.Model | None = None
     collect: Callable[[ir.Model, Sequence[StatRequest]], Stats] | None = None
+    data: Iterable[Feeds] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

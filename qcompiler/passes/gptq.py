@@ -1,99 +1,136 @@
 """gptq: round weights so that a Linear's output error is small, not each weight's (Frantar et al. 2023).
 
-The Hessian is that of the input as the Linear will see it: of FakeQuant(x) where there is one.
+The Hessian is that of the input as the Linear will see it: of FakeQuant(x) where there is one, and after the Linears
+before it have been rounded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.core import DataError, Note, StatRequest
+from qcompiler.calibration.walk import Walk
+from qcompiler.core import DataError, Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.transaction import Transaction
+from qcompiler.graph.weights import fake_quantized, grid_of
 from qcompiler.numerics.affine import integer_range
 from qcompiler.numerics.gptq import Grid, Rounded, gptq
+from qcompiler.numerics.gptq_search import search_damp
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.reference import float_weights
 from qcompiler.scheme import TensorSpec
 
 _INT8 = TensorSpec("int8")
+Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gptq(Pass):
-    """Replace each fake-quantized Linear's weight by what GPTQ makes of it, in the scales that ``insert`` set.
+    """Replace each fake-quantized Linear's weight by what GPTQ makes of it, in the scales that stand in the graph.
 
-    It runs after ``insert``. The rounded weights are written as float numbers, q · scale, from which ``fold`` gets back
-    the same q. Linears that read one value share one Hessian; those that share a weight share its rounding.
+    It runs after ``insert``. The rounded weights are written as float numbers, (q - zero_point) · scale, from which
+    ``fold`` gets back the same q. Linears that read one value share one Hessian; those that share a weight share its
+    rounding.
+
+    The model is run once, piece by piece: when a Linear's input is observed, all Linears before it are rounded already.
+    Only Linears that share a weight between different inputs are rounded beforehand, from one run of the whole model.
 
     Attributes:
         act_order: round inputs of large mean square first.
-        damp: added to the Hessian's diagonal, times its mean. The paper's 0.01 is for 4 bits and 262,144 tokens; with a
-            few thousand tokens, inputs that were silent take up all errors for free and then fire on other data.
+        damp: added to the Hessian's diagonal, times its mean; None: searched for each Hessian on held-out samples. The
+            paper's 0.01 is for 4 bits and 262,144 tokens; with a few thousand tokens, inputs that were silent take up
+            all errors for free and then fire on other data.
+        folds: parts of the samples for that search.
         block_size: inputs of a lazy batch; no numbers depend on it.
     """
 
     name: ClassVar[str] = "gptq"
     act_order: bool = True
-    damp: float = 1.0
+    damp: float | None = None
+    folds: int = 2
     block_size: int = 64
 
+    def __post_init__(self) -> None:
+        if self.folds < 1:
+            raise OptionError(f"gptq{{folds={self.folds}}}: it takes one fold at least.")
+        if self.damp is not None and not 0 < self.damp < float("inf"):
+            raise OptionError(f"gptq{{damp={self.damp}}}: a positive number is wanted, 0.01 to 1 as a rule.")
+
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        return [_request(linear) for linear in _quantized(model)]
+        apart = [group for group in _together(_quantized(model)) if ctx.data is None or _spread_out(group)]
+        return [request for group in apart for request in dict.fromkeys(map(_request, group))]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         notes: list[Note] = []
         weights = float_weights(model, ctx)
-        for group in _together(_quantized(model)):
+        groups = _together(_quantized(model))
+        for group in (group for group in groups if ctx.data is None or _spread_out(group)):
             hessian = sum(stats[request] for request in dict.fromkeys(map(_request, group)))
-            distinct = list({linear.weight: linear for linear in group}.values())
-            try:
-                rounded = self._solve([weights[linear.name] for linear in distinct], distinct, hessian, ctx)
-            except DataError as error:
-                notes += [Note(linear.name, "rounded to nearest", str(error)) for linear in group]
-                continue
-            edit = Transaction(model.graph)
-            ends = np.cumsum([linear.out_features for linear in distinct])
-            for first, end in zip(distinct, ends, strict=True):
-                part = slice(end - first.out_features, end)
-                readers = [linear for linear in group if linear.weight is first.weight]
-                _write(edit, readers, rounded.q[:, part].astype(np.float32) * rounded.scale[part])
-                notes += [Note(linear.name, "gptq", _told(rounded, part)) for linear in readers]
-            edit.inherit_names()
+            notes += self._round(model, group, np.asarray([hessian]), weights, ctx)
+        steps = [group for group in groups if ctx.data is not None and not _spread_out(group)]
+        if steps:
+            assert ctx.data is not None
+            walk = Walk(model, ctx.data)
+            for group in sorted(steps, key=lambda group: walk.place(_read(group[0]))):
+                notes += self._round(model, group, self._hessians(walk, group[0]), weights, ctx)
         return PassResult(bool(notes), tuple(notes))
 
-    def _solve(
-        self, weights: list[npt.NDArray[Any]], group: list[Linear], hessian: npt.NDArray[np.float64], ctx: Context
-    ) -> Rounded:
+    def _hessians(self, walk: Walk, linear: Linear) -> npt.NDArray[np.float64]:
+        """XᵀX of what the Linear reads, one for each fold of the samples, float64 [folds, in, in]."""
+        hessians = np.zeros((self.folds, linear.in_features, linear.in_features))
+        for rows, samples in walk.rows(_read(linear)):
+            for fold in range(self.folds):
+                x = rows[samples % self.folds == fold].astype(np.float64)
+                hessians[fold] += x.T @ x
+        return hessians
+
+    def _round(
+        self, model: ir.Model, group: list[Linear], hessians: Array, weights: dict[str, Array], ctx: Context
+    ) -> list[Note]:
         """All weights that meet one Hessian at once, side by side."""
-        low, high = integer_range(_INT8, ctx.capability.reduce_range)
-        scale = np.concatenate([_scale(linear) for linear in group])
-        return gptq(
-            np.concatenate(weights, axis=1),
-            hessian,
-            Grid(low, high, scale=scale),
-            act_order=self.act_order,
-            damp=self.damp,
-            block_size=self.block_size,
-        )
+        distinct = list({linear.weight: linear for linear in group}.values())
+        grid = _side_by_side([_grid(linear, ctx) for linear in distinct])
+        weight = np.concatenate([weights[linear.name] for linear in distinct], axis=1)
+        options: dict[str, Any] = {"act_order": self.act_order, "block_size": self.block_size}
+        try:
+            damp = self.damp if self.damp is not None else search_damp(weight, hessians, grid, **options)[0]
+            rounded = gptq(weight, hessians.sum(0), grid, damp=damp, **options)
+        except DataError as error:
+            return [Note(linear.name, "rounded to nearest", str(error)) for linear in group]
+        values = rounded.values(grid).astype(np.float32)
+        notes = []
+        edit = Transaction(model.graph)
+        ends = np.cumsum([linear.out_features for linear in distinct])
+        for first, end in zip(distinct, ends, strict=True):
+            part = slice(end - first.out_features, end)
+            readers = [linear for linear in group if linear.weight is first.weight]
+            _write(edit, readers, values[:, part])
+            notes += [Note(linear.name, "gptq", _told(rounded, part)) for linear in readers]
+        edit.inherit_names()
+        return notes
 
 
 def _quantized(model: ir.Model) -> list[Linear]:
-    return [linear for linear in linears(model) if is_call(linear.weight_quant, "FakeQuant")]
+    return [linear for linear in linears(model) if fake_quantized(linear)]
+
+
+def _read(linear: Linear) -> ir.Value:
+    """What the MatMul reads: the fake-quantized value, if there is one."""
+    read = linear.matmul.inputs[0]
+    assert read is not None
+    return read
 
 
 def _request(linear: Linear) -> StatRequest:
-    """The Hessian of what the MatMul reads: the fake-quantized value, if there is one."""
-    read = linear.matmul.inputs[0]
-    assert read is not None
-    return StatRequest(read.name or "", "hessian", -1)
+    return StatRequest(_read(linear).name or "", "hessian", -1)
 
 
 def _together(candidates: list[Linear]) -> list[list[Linear]]:
@@ -101,18 +138,39 @@ def _together(candidates: list[Linear]) -> list[list[Linear]]:
     shared: dict[ir.Value, list[Linear]] = {}
     for linear in candidates:
         shared.setdefault(linear.weight, []).append(linear)
-    groups: dict[tuple[StatRequest, ...], list[Linear]] = {}
+    groups: dict[tuple[object, ...], list[Linear]] = {}
     for readers in shared.values():
-        groups.setdefault(tuple(dict.fromkeys(map(_request, readers))), []).extend(readers)
+        grid = _given(readers[0])
+        layout = grid.low, grid.high, grid.group_size
+        groups.setdefault((*dict.fromkeys(map(_request, readers)), layout), []).extend(readers)
     return list(groups.values())
 
 
-def _scale(linear: Linear) -> npt.NDArray[Any]:
-    """The weight's scales, float32 [out]."""
+def _spread_out(group: Sequence[Linear]) -> bool:
+    """Whether its Linears read different values."""
+    return len({_request(linear) for linear in group}) > 1
+
+
+def _given(linear: Linear) -> Grid:
     assert linear.weight_quant is not None
-    scale = array_of(linear.weight_quant.inputs[1])
-    assert scale is not None
-    return np.broadcast_to(scale, (linear.out_features,))
+    return grid_of(linear.weight_quant)
+
+
+def _grid(linear: Linear, ctx: Context) -> Grid:
+    """The weight's grid; int8 by output channel in the integers that are safe on the target."""
+    grid = _given(linear)
+    if not is_call(linear.weight_quant, "FakeQuant"):
+        return grid
+    low, high = integer_range(_INT8, ctx.capability.reduce_range)
+    assert grid.scale is not None
+    return Grid(low, high, scale=np.broadcast_to(grid.scale, (linear.out_features,)))
+
+
+def _side_by_side(grids: list[Grid]) -> Grid:
+    scale = np.concatenate([grid.scale for grid in grids if grid.scale is not None], axis=-1)
+    zero_points = [grid.zero_point for grid in grids if grid.zero_point is not None]
+    zero_point = np.concatenate(zero_points, axis=-1) if zero_points else None
+    return dataclasses.replace(grids[0], scale=scale, zero_point=zero_point)
 
 
 def _write(edit: Transaction, readers: list[Linear], values: npt.NDArray[np.float32]) -> None:

@@ -56,6 +56,7 @@ class Pipeline:
         self.notes: list[Note] = []
         self.plans: list[FoldPlan] = []
         self._batches, self._context = batches, context
+        context.data = batches
         self._stages, self._progress = stages, progress
         self._dump, self._count = dump, 0
         if batches is not None:

@@ -12,9 +12,11 @@ from qcompiler.calibration import collect
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.graph.run import Runner
+from qcompiler.graph.weights import rounded_weight
 from qcompiler.numerics.gptq import Grid, gptq
 from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.base import Context, PassResult
+from qcompiler.passes.clip_weights import ClipWeights
 from qcompiler.passes.fold import Fold
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.insert import Insert
@@ -84,7 +86,7 @@ def test_fold_finds_the_integers_that_gptq_chose() -> None:
     ctx, model = context("w8a8-o3"), pair()
     data = correlated(4, 0)
     inserted(model, ctx, data)
-    item = Gptq()
+    item = Gptq(damp=1.0)
     stats = collect(model, data, item.wants(model, ctx), progress=False)
     assert len(stats) == 1
     expected = {}
@@ -145,16 +147,44 @@ def test_all_linears_of_a_block_and_names_stay() -> None:
     result = apply(Gptq(), model, ctx)
     assert {note.node for note in result.notes} == set(LINEARS)
     assert set(model.graph.initializers) == names
-    assert len(Gptq().wants(model, ctx)) == 6
+    assert len(Gptq().wants(model, ctx)) == 4  # one for each input that Linears read
     assert len(set(Gptq().wants(model, ctx))) == 4
 
 
 def test_without_damping_that_works_weights_are_rounded_to_nearest() -> None:
     ctx, model = context("w8a8-o3"), pair()
     inserted(model, ctx, correlated(1, 0))
-    item = Gptq()
+    item = Gptq(damp=1.0)
     stats = {request: np.full((IN, IN), np.nan) for request in item.wants(model, ctx)}
     weight = array_of(linear_named(model, "a").weight).copy()
     result = item.run(model, stats, ctx)
     assert {note.what for note in result.notes} == {"rounded to nearest"}
     np.testing.assert_array_equal(array_of(linear_named(model, "a").weight), weight)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["w4a16{group_size=16}", "w4a8{group_size=16,symmetric=false}", "w2a16{group_size=none}"]
+)
+def test_groups_and_zero_points_piece_by_piece(scheme: str) -> None:
+    """Few bits, data at hand: less error than rounding to nearest on new data, and fold finds the same integers."""
+    data = correlated(4, 0)
+    errors = {}
+    for rounds in (False, True):
+        ctx, model = context(scheme), pair()
+        ctx.data = data
+        inserted(model, ctx, data)
+        if rounds:
+            clip = ClipWeights()
+            clip.run(model, collect(model, data, clip.wants(model, ctx), progress=False), ctx)
+            item = Gptq()
+            assert not item.wants(model, ctx)
+            result = item.run(model, {}, ctx)
+            assert [note.what for note in result.notes] == ["gptq", "gptq"]
+            for linear in linears(model):
+                np.testing.assert_allclose(rounded_weight(linear), array_of(linear.weight), rtol=1e-6, atol=1e-7)
+        errors[rounds] = noise(model, ctx)
+    assert errors[True] < 0.6 * errors[False]
+    before = Runner(model)(data[0])
+    Fold().run(model, {}, ctx)
+    for name, array in Runner(model)(data[0]).items():
+        np.testing.assert_allclose(array, before[name], rtol=1e-5, atol=1e-5)

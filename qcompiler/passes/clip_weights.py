@@ -1,0 +1,67 @@
+"""clip_weights: search the range of each group of a weight, by the error that it makes at the Linear's output."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.core import Note, OptionError, StatRequest
+from qcompiler.graph.edit import array_of
+from qcompiler.graph.functions import is_call
+from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.weights import grid_of, write_grid
+from qcompiler.numerics.group_clip import clipped_grid
+from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.judging import sample_request
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipWeights(Pass):
+    """Give weights in groups the scales of least weighted squared error; runs after ``insert`` and before ``gptq``.
+
+    Attributes:
+        shortest: of the ranges tried, as a part of the full one.
+        rows: calibration rows that say how much each input counts.
+    """
+
+    name: ClassVar[str] = "clip_weights"
+    shortest: float = 0.7
+    rows: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shortest <= 1:
+            raise OptionError(f"clip_weights{{shortest={self.shortest}}}: a part of the full range is wanted, 0 to 1.")
+
+    def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
+        return [sample_request(linear, self.rows) for readers in _shared(model) for linear in readers]
+
+    def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        notes = []
+        for readers in _shared(model):
+            call, weight = readers[0].weight_quant, array_of(readers[0].weight)
+            assert call is not None
+            assert weight is not None
+            samples = [stats[sample_request(linear, self.rows)].rows for linear in readers]
+            importance = np.mean([np.square(rows, dtype=np.float64).mean(0) for rows in samples], axis=0)
+            before = grid_of(call)
+            after = clipped_grid(weight, before, importance, self.shortest)
+            old, new = (
+                float((np.square(weight - grid.rounded(weight)) * importance[:, None]).sum())
+                for grid in (before, after)
+            )
+            write_grid(call, after)
+            why = f"weighted squared error {new / old:.2f} of the full range's" if old else "no error"
+            notes += [Note(linear.name, "clipped by group", why) for linear in readers]
+        return PassResult(bool(notes), tuple(notes))
+
+
+def _shared(model: ir.Model) -> list[list[Linear]]:
+    """Linears with weights in groups, those of one fake-quant together."""
+    groups: dict[ir.Node, list[Linear]] = {}
+    for linear in linears(model):
+        if linear.weight_quant is not None and is_call(linear.weight_quant, "FakeQuantBlocks"):
+            groups.setdefault(linear.weight_quant, []).append(linear)
+    return list(groups.values())
