@@ -23,7 +23,7 @@ from qcompiler.graph.transaction import Transaction
 from qcompiler.graph.weights import fake_quantized, grid_of
 from qcompiler.numerics.affine import integer_range
 from qcompiler.numerics.gptq import Grid, Rounded, gptq
-from qcompiler.numerics.gptq_search import search_damp
+from qcompiler.numerics.gptq_search import DAMPS, search_damp
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.reference import float_weights
 from qcompiler.scheme import TensorSpec
@@ -45,9 +45,9 @@ class Gptq(Pass):
 
     Attributes:
         act_order: round inputs of large mean square first.
-        damp: added to the Hessian's diagonal, times its mean; None: searched for each Hessian on held-out samples. The
-            paper's 0.01 is for 4 bits and 262,144 tokens; with a few thousand tokens, inputs that were silent take up
-            all errors for free and then fire on other data.
+        damp: added to the Hessian's diagonal, times its mean; None: 1 for 8 bits, searched for each Hessian on held-out
+            samples for fewer. The paper's 0.01 is for 4 bits and 262,144 tokens; with a few thousand tokens, inputs
+            that were silent take up all errors for free and then fire on other data.
         folds: parts of the samples for that search.
         block_size: inputs of a lazy batch; no numbers depend on it.
     """
@@ -101,7 +101,11 @@ class Gptq(Pass):
         weight = np.concatenate([weights[linear.name] for linear in distinct], axis=1)
         options: dict[str, Any] = {"act_order": self.act_order, "block_size": self.block_size}
         try:
-            damp = self.damp if self.damp is not None else search_damp(weight, hessians, grid, **options)[0]
+            damp = self.damp
+            if damp is None and grid.high - grid.low > 16:
+                damp = DAMPS[-1]
+            elif damp is None:
+                damp, _ = search_damp(weight, hessians, grid, **options)
             rounded = gptq(weight, hessians.sum(0), grid, damp=damp, **options)
         except DataError as error:
             return [Note(linear.name, "rounded to nearest", str(error)) for linear in group]
