@@ -79,7 +79,6 @@ class Engine:
         self._main = relax.VirtualMachine(executable, tvm.cpu())["main"]
         self._constants = {name: tvm.runtime.tensor(np.asarray(a, order="C")) for name, a in constants.items()}
         self._arguments = list(self._constants.values())
-        self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], threads: int = 0) -> dict[str, npt.NDArray[Any]]:
         """The outputs by name.
@@ -90,7 +89,7 @@ class Engine:
         """
         self.interface.check(feeds)
         arguments = [tvm.runtime.tensor(np.asarray(feeds[name], order="C")) for name in self.interface.inputs]
-        self._configure(1, threads)
+        _use_threads(threads)
         try:
             results = self._main(*arguments, *self._arguments)
         except Exception as error:
@@ -120,6 +119,17 @@ class Engine:
             "isa": dataclasses.asdict(self.interface.isa),
         }
         (folder / ENGINE).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+_threads: int | None = None
+
+
+def _use_threads(count: int) -> None:
+    """Narrow TVM's thread pool, which all engines of a process share; 0 is all of it."""
+    global _threads
+    if count != _threads:  # configuring it again makes the next parallel loop dearer
+        tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
+        _threads = count
 
 
 def build(model: ir.Model, emitted: Emitted) -> Engine:
