@@ -1,0 +1,126 @@
+"""Four bits: rounding to nearest, clipped groups and GPTQ on MiniLM (w4a8 g32) and stories260k (w4a16 g32).
+
+usage: four_bits.py [--models minilm,stories260k]
+
+MiniLM: protocol of minilm.py. stories260k: every story of shared/data/tinystories, at most 512 tokens with BOS;
+calibrated on 128 sequences of 96 tokens that the float model samples itself (seed 0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from minilm import torch_reference
+from protocol import (
+    MODELS,
+    SHARED,
+    Feeds,
+    encode,
+    minilm_calibration,
+    minilm_evaluation,
+    one_thread_session,
+    pooled_sqnr,
+    print_table,
+)
+from smollm2 import perplexity
+from tokenizers import Tokenizer
+
+import qcompiler
+from qcompiler.frontends import open_source
+from qcompiler.graph.rules import canonicalise
+from qcompiler.graph.run import save_model
+
+METHODS = {
+    "RTN": "annotate,insert,fold",
+    "RTN, clipped groups": "annotate,insert,clip_weights,fold",
+    "GPTQ": "annotate,insert,gptq,fold",
+    "GPTQ, clipped groups": "annotate,insert,clip_weights,gptq,fold",
+}
+
+
+def minilm() -> None:
+    """SQNR of the last hidden state in dB, symmetric and asymmetric groups of 32."""
+    folder = MODELS / "minilm"
+    evaluation = encode(folder, minilm_evaluation(), pad_to=128)
+    reference, masks = torch_reference(evaluation), [feeds["attention_mask"] for feeds in evaluation]
+    rows: dict[str, dict[str, float]] = {}
+    for label, passes in METHODS.items():
+        for key, scheme in (("symmetric", "w4a8"), ("asymmetric", "w4a8{symmetric=false}")):
+            with tempfile.TemporaryDirectory() as scratch:
+                calibration = encode(folder, minilm_calibration())
+                out = Path(scratch) / "out"
+                qcompiler.compile(
+                    folder, scheme=scheme, passes=passes, calibration=calibration, output=out, progress=False
+                )
+                session = one_thread_session(out / "model.onnx")
+                got = (session.run(["last_hidden_state"], feeds)[0] for feeds in evaluation)
+                rows.setdefault(label, {})[key] = pooled_sqnr(reference, got, masks)
+    columns = {key: (f"{key}, dB", "{:.2f}") for key in ("symmetric", "asymmetric")}
+    print_table("MiniLM-L6 w4a8, groups of 32, all Linears", columns, rows)
+
+
+def stories(tokenizer: Tokenizer) -> list[Feeds]:
+    """Each story by itself: BOS and at most 511 tokens."""
+    text = (SHARED / "data" / "tinystories" / "sample.txt").read_text(encoding="utf-8")
+    parts = [part.strip() for part in text.split("<|endoftext|>")]
+    ids = [[1, *tokenizer.encode(part, add_special_tokens=False).ids][:512] for part in parts if part]
+    return [as_feeds(np.array([row], np.int64)) for row in ids]
+
+
+def as_feeds(ids: np.ndarray) -> Feeds:
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def sampled(path: Path, count: int = 128, length: int = 96, seed: int = 0) -> list[Feeds]:
+    """Sequences that the model samples from BOS on, at temperature 1."""
+    session, rng = one_thread_session(path), np.random.default_rng(seed)
+    ids = np.ones((count, 1), np.int64)
+    wanted = {value.name for value in session.get_inputs()}
+    while ids.shape[1] < length:
+        feeds = {name: array for name, array in as_feeds(ids).items() if name in wanted}
+        logits = session.run(["logits"], feeds)[0][:, -1]
+        gumbel = logits + rng.gumbel(size=logits.shape)  # argmax of this is a draw from the softmax
+        ids = np.concatenate([ids, gumbel.argmax(-1)[:, None]], axis=1)
+    return [as_feeds(ids[start : start + 8]) for start in range(0, count, 8)]
+
+
+def stories260k() -> None:
+    """Perplexity with symmetric groups of 32, head included, and the share of RTN's loss that comes back."""
+    folder = SHARED / "models" / "stories260k"
+    windows = stories(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    rows: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        source = open_source(folder)
+        canonicalise(source.model)
+        save_model(source.model, root / "fp32.onnx")
+        rows["fp32"] = {"perplexity": perplexity(one_thread_session(root / "fp32.onnx"), windows)}
+        calibration = sampled(root / "fp32.onnx")
+        for number, (label, passes) in enumerate(METHODS.items()):
+            out = root / str(number)
+            qcompiler.compile(
+                folder, scheme="w4a16", passes=passes, calibration=calibration, output=out, progress=False
+            )
+            rows[label] = {"perplexity": perplexity(one_thread_session(out / "model.onnx"), windows)}
+    exact, nearest = (rows[label]["perplexity"] for label in ("fp32", "RTN"))
+    for row in rows.values():
+        row["recovered"] = (nearest - row["perplexity"]) / (nearest - exact)
+    columns = {"perplexity": ("perplexity", "{:.3f}"), "recovered": ("of RTN's loss recovered", "{:.2f}")}
+    print_table("stories260k w4a16, symmetric groups of 32, head included", columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="minilm,stories260k", help="which, by comma (default: %(default)s)")
+    warnings.filterwarnings("ignore")
+    measures = {"minilm": minilm, "stories260k": stories260k}
+    for name in parser.parse_args().models.split(","):
+        measures[name]()
+
+
+if __name__ == "__main__":
+    main()
