@@ -122,6 +122,6 @@ def test_minilm_beside_ort_cpu(minilm: Path) -> None:
     for target in ("ort-cpu", "tvm-llvm"):
         compiled = qcompiler.compile(minilm, calibration=data, limit=32, seq_len=64, target=target, progress=False)
         loss[target] = compiled.report.output_sqnr_db["last_hidden_state"]
-        assert compiled.report.coverage_body == 1.0
+        assert compiled.report.coverage_body >= 0.97  # split leaves a little in float
     assert loss["tvm-llvm"] > loss["ort-cpu"] - 0.1
     assert compiled.report.seconds["lower"] <= 60
