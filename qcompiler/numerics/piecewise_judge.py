@@ -134,7 +134,6 @@ def thinned(reader: Reader, rows: int, outputs: int) -> Reader:
         rows=reader.rows[taken],
         fold=reader.fold[taken],
         weight=np.ascontiguousarray(reader.weight[:, columns]),
-        reference=None if reader.reference is None else reader.reference[taken],
     )
 
 

@@ -35,8 +35,6 @@ class Reader:
         low, high: float32 [folds, K], extremes of each fold.
         weight: float32 [K, N], the Linears' weights side by side.
         columns: int [K], the site's channel that each feature carries (several may carry one), or -1: none.
-        reference: float32 [n, K], the same rows in the float model, where ``rows`` come from one that is quantized
-            upstream: the outputs are then judged against theirs. None: ``rows`` are the float model's.
     """
 
     rows: Array
@@ -45,7 +43,6 @@ class Reader:
     high: Array
     weight: Array
     columns: Array
-    reference: Array | None = None
 
     def spread(self, transform: Transform) -> tuple[Vector | None, Vector | None]:
         """Scale and shift [channels] of a transform by feature [K]."""
@@ -63,6 +60,10 @@ class Reader:
 
 class Judge:
     """Relative error of one reader's outputs on held-out rows.
+
+    The squared error of a row (a token) is divided by the square of what is exact there plus the median of that over
+    all rows: pooled, a few tokens a thousand times as large as the others would be all that counts, and divided by
+    each row's own square alone, the faintest would be.
 
     Args:
         specs: ways to quantize the activation (None: float). The one with the least held-out error of the activation,
@@ -82,22 +83,24 @@ class Judge:
         self.reader, self._weight, self._reduced = reader, weight, reduced
         self._specs = tuple(specs)
         self._norms = np.einsum("kn,kn->k", reader.weight, reader.weight)
-        reference = reader.rows if reader.reference is None else reader.reference
-        self._exact = np.asarray(reference, np.float32) @ np.asarray(reader.weight, np.float32)
+        self._exact = np.asarray(reader.rows, np.float32) @ np.asarray(reader.weight, np.float32)
         self._loss = LOSSES[loss]
+        self._root = _row_weights(self._exact) if loss == "mse" else None
         self._held_out = list(held_out(reader.fold, len(reader.low)))
-        self._of_nothing = sum(
-            self._loss(np.zeros_like(self._exact[held]), self._exact[held]) for held in self._held_out
-        )
+        self._of_nothing = sum(self._lost(np.zeros_like(self._exact[held]), held) for held in self._held_out)
 
     def __call__(self, transforms: Sequence[Transform]) -> tuple[float, int]:
         """The error, and the number of the spec that it was reached with, of a transform made from each fold."""
         folds = [(*self.reader.spread(each), held) for each, held in zip(transforms, self._held_out, strict=False)]
         best = 0 if len(self._specs) == 1 else self._best_spec(folds)
-        error = sum(
-            self._loss(self._output(s, z, held, i, best), self._exact[held]) for i, (s, z, held) in enumerate(folds)
-        )
+        error = sum(self._lost(self._output(s, z, held, i, best), held) for i, (s, z, held) in enumerate(folds))
         return (error / self._of_nothing if self._of_nothing else 0.0), best
+
+    def _lost(self, got: Array, held: Array) -> float:
+        exact = self._exact[held]
+        if self._root is not None:
+            got, exact = got * self._root[held], exact * self._root[held]
+        return self._loss(got, exact)
 
     def _output(self, s: Vector | None, z: Vector | None, held: Array, fold: int, spec: int) -> Array:
         """Q((x - z) / s) Q(s W) + z W."""
@@ -124,6 +127,8 @@ class Judge:
             weights = self._norms if s is None else self._norms * s * s
             for i in range(len(self._specs)):
                 error = self._quantized(x, s, z, fold, i) - x
+                if self._root is not None:
+                    error *= self._root[held]
                 errors[i] += float(np.einsum("nk,nk->k", error, error) @ weights)
         return int(np.argmin(errors))
 
@@ -147,6 +152,13 @@ class Judge:
 def _transformed(x: Array, s: Vector | None, z: Vector | None) -> Array:
     x = x if z is None else x - z
     return np.asarray(x if s is None else x / s)
+
+
+def _row_weights(exact: Array) -> Array:
+    """Square roots of the weights of rows [n, 1], whose mean square is 1."""
+    squares = np.einsum("nk,nk->n", exact, exact, dtype=np.float64)
+    weights = 1 / (squares + max(float(np.median(squares)), np.finfo(np.float32).tiny))
+    return np.sqrt(weights / weights.mean())[:, None].astype(np.float32)
 
 
 def _squared(got: Array, exact: Array) -> float:

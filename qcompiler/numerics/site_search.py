@@ -92,7 +92,7 @@ class Choice:
         transform: what it makes of all folds.
         specs: for each reader, how to quantize its activation.
         ranges: for each reader, the least and the greatest x' of all folds, times the spec's margin.
-        error: mean over readers of ‖Q(x') Q(W') + z W - x W‖² / ‖x W‖² on held-out rows.
+        error: mean over readers of ‖Q(x') Q(W') + z W - x W‖² / ‖x W‖² on held-out rows, weighed as ``Judge`` does.
         plain: the same without a transform.
     """
 

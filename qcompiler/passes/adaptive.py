@@ -1,8 +1,8 @@
 """adaptive: at each site the best of nothing, shift, smooth and both, judged on what the quantized model will read.
 
 Sites are taken in the order of the graph, in a few rounds. Before each round the model runs with everything that was
-decided so far quantized, and the sites of the round are judged by the outputs that those inputs give against the float
-model's: an error that no choice here can help does not count for any of them, and one that upstream left may be met.
+decided so far quantized, and the sites of the round are judged on those inputs: on what is made of them here, for what
+upstream made of them no choice at this site can help.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qcompiler.numerics.site_search import SHIFTS, Choice, SiteSearch, search_sm
 from qcompiler.passes.annotate import leave_weight
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.insert import Insert
-from qcompiler.passes.judging import FallbackRule, by_input, decision, rows_request
+from qcompiler.passes.judging import FallbackRule, decision, rows_request
 from qcompiler.passes.site_choice import Chooser, Price, Rules, readers_of, sample_requests
 from qcompiler.passes.sites import Site, sharing_weights, sites
 
@@ -71,8 +71,7 @@ class Adaptive(Pass):
                     rows_request(linear.x, self.rows) for group in together for s in group for linear in s.linears
                 ]
                 seen = ctx.collect(_quantized_so_far(model, ranges, ctx), requests)
-            read = functools.partial(self._read, stats, seen, ctx)
-            chooser = Chooser(rules, ctx, fallback, read)
+            chooser = Chooser(rules, ctx, fallback, functools.partial(self._read, seen, ctx))
             result = chooser.transform(model, together)
             ranges |= chooser.ranges
             notes += result.notes
@@ -82,13 +81,8 @@ class Adaptive(Pass):
     def _search(self, search: SiteSearch, price: Price, sites: Sequence[Site]) -> Choice:
         return search_smoothing(search, floors=(self.floor,), shifts=SHIFTS, price=price)
 
-    def _read(self, stats: Stats, seen: Stats, ctx: Context, site: Site) -> list[Reader]:
-        """The site's readers on inputs of the model as it is quantized so far, with the float model's beside them."""
-        made = []
-        for group, reader in zip(by_input(site.linears), readers_of(site, seen, self.rows, ctx.seed), strict=True):
-            reference = stats[rows_request(group[0].x, self.rows)].rows if seen is not stats else None
-            made.append(dataclasses.replace(reader, reference=reference))
-        return made
+    def _read(self, seen: Stats, ctx: Context, site: Site) -> list[Reader]:
+        return readers_of(site, seen, self.rows, ctx.seed)
 
 
 def _in_order(model: ir.Model, groups: Sequence[Sequence[Site]]) -> list[Sequence[Site]]:

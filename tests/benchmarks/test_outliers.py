@@ -82,17 +82,8 @@ def test_the_loss_comes_back(way: str) -> None:
     assert result.share >= BAR
 
 
-POOLED = "sites are judged by errors pooled over tokens, and at down one token outweighs all others"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, marks=pytest.mark.xfail(reason=POOLED, strict=False)) if way in ("token", "all") else way
-        for way in recovered.WAYS
-    ],
-)
+@pytest.mark.parametrize("way", recovered.WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_comes_back_in_every_family(family: str, way: str) -> None:
     result = recovered.tiny(family, way)
