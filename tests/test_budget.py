@@ -125,7 +125,7 @@ def test_transforms_run_before_it_and_the_same_input_gives_the_same_model() -> N
 
 def test_schemes_with_one_way_to_quantize() -> None:
     model = compiled({"sqnr": 33}, scheme="w8a8-dynamic")
-    assert set(kinds(model)) == {"float", "uint8 per_token dynamic"}
+    assert all(kind == "float" or kind.startswith("uint8 per_token dynamic") for kind in kinds(model))
     assert held_out(model) >= 33
 
 

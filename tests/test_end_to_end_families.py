@@ -102,7 +102,7 @@ def test_compile_run_save_and_load(name: str, tmp_path: Path) -> None:
 def test_float_folds_alone_keep_the_outputs(name: str) -> None:
     """With one strength forced at every site, whether it helps or not: all folds, and no rounding."""
     path = families.exported(name)
-    passes = "smooth{alpha=0.5,insert=false}"
+    passes = "smooth{alpha=0.5,smooth_all_linears=false}"
     smoothed = qcompiler.compile(path, calibration=calibration(name), passes=passes, target="onnx", progress=False)
     folded = {sink for plan in smoothed.plans for sink in plan.sinks}
     assert len(folded) >= FOLDED[name]

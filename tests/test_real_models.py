@@ -16,7 +16,7 @@ import qcompiler
 from benchmarks import protocol
 from qcompiler.frontends import open_data, open_source
 from qcompiler.graph.rules import canonicalise
-from qcompiler.graph.run import save_model
+from qcompiler.graph.run import Runner, save_model
 from qcompiler.runtime.evaluate import Metrics, evaluate
 from tests import families, models
 
@@ -73,7 +73,7 @@ def test_minilm_static(fp32: Path, w8a8: Path, hidden: Callable[[Run], float], t
     save_model(canonical, tmp_path / "canonical.onnx")
     with families.quiet():
         protocol.quantize_with_ort(tmp_path / "canonical.onnx", tmp_path / "ort.onnx", "dynamic", [])
-    assert sqnr >= 22
+    assert sqnr >= 23  # with the 7 bits of a machine without VNNI
     peer = hidden(plain(tmp_path / "ort.onnx"))
     assert 10 < peer <= sqnr - 5
 
@@ -82,6 +82,20 @@ def test_minilm_dynamic(minilm: Path, fp32: Path, hidden: Callable[[Run], float]
     calibration = protocol.encode(minilm, protocol.minilm_calibration())
     qcompiler.compile(fp32, scheme="w8a8-dynamic", calibration=calibration, output=tmp_path / "out", progress=False)
     assert hidden(plain(tmp_path / "out/model.onnx")) >= 24
+
+
+@pytest.mark.parametrize(("scheme", "bar"), [("w8a8-o3", 25.0), ("w8a8", 26.5), ("w8a8-dynamic", 28.0)])
+def test_minilm_in_eight_bits(
+    minilm: Path, fp32: Path, hidden: Callable[[Run], float], tmp_path: Path, scheme: str, bar: float
+) -> None:
+    """The fake-quant graph with all 8 bits of the weights, whatever this machine's integer products can hold."""
+    calibration = protocol.encode(minilm, protocol.minilm_calibration())
+    target = "ort-cpu{vnni=true}"
+    qcompiler.compile(
+        fp32, scheme=scheme, calibration=calibration, target=target, dump=tmp_path / "stages", progress=False
+    )
+    run = Runner(ir.load(max((tmp_path / "stages").iterdir()) / "model.onnx"))
+    assert hidden(lambda feeds: run(feeds)["last_hidden_state"]) >= bar
 
 
 def test_minilm_still_ranks_sentences(minilm: Path, fp32: Path, w8a8: Path) -> None:
@@ -151,14 +165,14 @@ def test_smollm2_dynamic(wikitext: Measure) -> None:
 
 
 def test_smollm2_static(wikitext: Measure) -> None:
-    """Static wherever static holds; the sites whose outliers are tokens say that they are per-token, and why."""
+    """Static where that is worth its time; the other sites say that they are per-token, and why."""
     compiled, metrics = wikitext("w8a8")
-    assert metrics.perplexity <= 1.03 * metrics.reference_perplexity
+    assert metrics.perplexity <= 1.02 * metrics.reference_perplexity
     assert compiled.report.coverage_body >= 0.97
     rows = compiled.report.rows
     per_token = {row.name for row in rows if "per_token" in row.activation}
-    assert len(per_token) < len(rows) / 4
-    assert all("outliers are tokens" in row.transform for row in rows if row.name in per_token)
+    assert len(per_token) < len(rows)
+    assert all("worth its time" in row.transform for row in rows if row.name in per_token)
 
 
 def test_stories260k_goes_on_telling(stories260k: Path, tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ class Reader:
 class Judge:
     """Relative error of one reader's outputs on held-out rows.
 
-    The squared error of a row (a token) is divided by the square of what is exact there plus the median of that over
-    all rows: pooled, a few tokens a thousand times as large as the others would be all that counts, and divided by
-    each row's own square alone, the faintest would be.
+    Squared errors count in two ways, half each: pooled over all rows (tokens), and each row's divided by the square of
+    what is exact there plus the median of that over all rows. Pooled alone, a few tokens a thousand times as large as
+    the others would be all that counts; by row alone, those few, which attention may hang on, would hardly count.
 
     Args:
         specs: ways to quantize the activation (None: float). The one with the least held-out error of the activation,
@@ -156,8 +156,9 @@ def _transformed(x: Array, s: Vector | None, z: Vector | None) -> Array:
 
 def _row_weights(exact: Array) -> Array:
     """Square roots of the weights of rows [n, 1], whose mean square is 1."""
-    squares = np.einsum("nk,nk->n", exact, exact, dtype=np.float64)
-    weights = 1 / (squares + max(float(np.median(squares)), np.finfo(np.float32).tiny))
+    squares = np.maximum(np.einsum("nk,nk->n", exact, exact, dtype=np.float64), np.finfo(np.float32).tiny)
+    by_row = 1 / (squares + np.median(squares))
+    weights = 1 / squares.sum() + by_row / (by_row @ squares)
     return np.sqrt(weights / weights.mean())[:, None].astype(np.float32)
 
 

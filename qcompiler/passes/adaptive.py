@@ -42,7 +42,7 @@ class Adaptive(Pass):
 
     name: ClassVar[str] = "adaptive"
     float_exact: ClassVar[bool] = True
-    rounds: int = 4
+    rounds: int = 2
     floor: float = 2.0
     fold_gain: float = 1.02
     insert_gain: float = 1.1

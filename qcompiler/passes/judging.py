@@ -162,4 +162,4 @@ def holds(static: float, fallback: float | None) -> bool:
 
 def why_fallback(static: float, fallback: float) -> str:
     """The reason why a site does without a static scale."""
-    return f"error {static:.1e} static, {fallback:.1e} so: its outliers are tokens, not channels"
+    return f"error {static:.1e} static, {fallback:.1e} so: worth its time"

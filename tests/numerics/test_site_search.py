@@ -86,7 +86,8 @@ def test_the_error_is_that_of_held_out_rows() -> None:
 
 def row_weights(exact: np.ndarray) -> np.ndarray:
     squares = (exact.astype(np.float64) ** 2).sum(1)
-    return 1 / (squares + np.median(squares))
+    by_row = 1 / (squares + np.median(squares))
+    return 1 / squares.sum() + by_row / (by_row * squares).sum()
 
 
 def test_tokens_that_outlier_tokens_drown_out_are_seen() -> None:
@@ -94,7 +95,7 @@ def test_tokens_that_outlier_tokens_drown_out_are_seen() -> None:
     x, fold = normal()
     x[np.arange(400) % 20 == 3] *= 1000
     static, token = (search_site([reader(x, fold)], spec, WEIGHT, channels=CHANNELS) for spec in (STATIC, PER_TOKEN))
-    assert static.error > 0.2
+    assert static.error > 0.1
     assert token.error < 1e-3
 
 
