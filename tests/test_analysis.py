@@ -170,12 +170,12 @@ def test_wrong_questions_get_one_sentence() -> None:
 
 @pytest.mark.slow
 def test_minilm_shows_where_its_error_comes_from(minilm: Path) -> None:
-    """Measured: alone 27.6 dB at the worst, the second Linear of layer 0's MLP; the last hidden state 25.4 dB."""
+    """Static everywhere; measured: alone 27.6 dB at the worst, the second Linear of layer 0's MLP; the output 25.5 dB."""
     from benchmarks import protocol
 
     models.data("stsb/dev.csv")
     sentences = protocol.minilm_calibration()[:64]
-    found = qcompiler.analyze(minilm, calibration=sentences, progress=False)
+    found = qcompiler.analyze(minilm, scheme="w8a8-o3", calibration=sentences, progress=False)
     assert 24 < found.outputs["last_hidden_state"].sqnr_db < 28
     worst = found.worst(3)
     assert [layer.row.name for layer in worst] == [f"encoder.layer.{i}.output.dense" for i in range(3)]
