@@ -170,7 +170,7 @@ def test_wrong_questions_get_one_sentence() -> None:
 
 @pytest.mark.slow
 def test_minilm_shows_where_its_error_comes_from(minilm: Path) -> None:
-    """Static everywhere; measured: alone 27.6 dB at the worst, the second Linear of layer 0's MLP; the output 25.5 dB."""
+    """Static everywhere; measured: alone 27.6 dB at the worst, layer 0's second MLP Linear; the output 25.5 dB."""
     from benchmarks import protocol
 
     models.data("stsb/dev.csv")
