@@ -18,6 +18,7 @@ from qcompiler.frontends import open_data, open_source
 from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import Runner, save_model
 from qcompiler.runtime.evaluate import Metrics, evaluate
+from qcompiler.targets.ort.capability import saturates
 from tests import families, models
 
 pytestmark = pytest.mark.slow
@@ -158,16 +159,17 @@ def wikitext(smollm2: Path) -> Measure:
 
 
 def test_smollm2_dynamic(wikitext: Measure) -> None:
+    """Looser where weights keep 7 bits, without VNNI: so is the next."""
     compiled, metrics = wikitext("w8a8-dynamic")
     assert metrics.reference_perplexity == pytest.approx(29.60, abs=0.01)
-    assert metrics.perplexity <= 1.03 * metrics.reference_perplexity  # with 7 bits, where there is no VNNI
+    assert metrics.perplexity <= (1.05 if saturates() else 1.02) * metrics.reference_perplexity
     assert compiled.report.coverage_body >= 0.97
 
 
 def test_smollm2_static(wikitext: Measure) -> None:
     """Static where that is worth its time; the other sites say that they are per-token, and why."""
     compiled, metrics = wikitext("w8a8")
-    assert metrics.perplexity <= 1.04 * metrics.reference_perplexity  # with 7 bits, where there is no VNNI
+    assert metrics.perplexity <= (1.06 if saturates() else 1.03) * metrics.reference_perplexity
     assert compiled.report.coverage_body >= 0.97
     rows = compiled.report.rows
     per_token = {row.name for row in rows if "per_token" in row.activation}
