@@ -8,21 +8,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qcompiler.core import OptionError, spell, unknown
-from qcompiler.driver import Quantized, check_target, run_passes
-from qcompiler.frontends import open_data
 from qcompiler.frontends.data import Batches
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import Feeds
 from qcompiler.numerics.metrics import RowSumsMeter
+from qcompiler.options import Options
+from qcompiler.quantize import Quantized, Request, run_passes
 from qcompiler.report.analysis import CUSTOM, METRICS, Analysis, Errors, Layer
 from qcompiler.report.build import linear_row
 from qcompiler.report.custom import Metric, custom_errors, metric_name
 from qcompiler.report.errors import error_meters, fixed_batch, sliced
 from qcompiler.report.ranges import measure_sites
 from qcompiler.report.side_by_side import ACCUMULATED, ALONE, OUTPUT
-from qcompiler.report.stages import Stages
-from qcompiler.scheme import Scheme, resolve
-from qcompiler.targets import make_target
+from qcompiler.scheme import Scheme
 
 
 def analyze(
@@ -66,21 +64,12 @@ def analyze(
     Raises:
         QCompilerError: one of its kinds, with one sentence, where model, data or options cannot be used.
     """
-    if not callable(metric) and metric not in METRICS:
-        raise unknown("metric", str(metric), METRICS)
-    if calibration is None and data is None:
-        raise OptionError("there is nothing to measure on: give calibration data, or data= (--data).")
-    chosen = resolve(scheme, tuple(ignore))
-    capability = make_target(target).capability()
-    check_target(chosen, capability)
-    stages = Stages(progress)
-    ready = run_passes(
-        model,
-        chosen,
-        capability,
-        stages,
+    options = Options(
+        scheme=scheme,
+        target=target,
         calibration=calibration,
         passes=passes,
+        ignore=ignore,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
         seed=seed,
@@ -88,14 +77,25 @@ def analyze(
         seq_len=seq_len,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        progress=progress,
     )
-    batches = ready.batches
-    if data is not None:
-        batches = open_data(data, ready.source, limit=limit, seq_len=seq_len, batch_size=batch_size)
+    return analyze_as(model, options, data, metric)
+
+
+def analyze_as(model: Any, options: Options, data: Any = None, metric: str | Metric = "sqnr") -> Analysis:
+    """:func:`analyze` with its options as one value."""
+    if not callable(metric) and metric not in METRICS:
+        raise unknown("metric", str(metric), METRICS)
+    if options.calibration is None and data is None:
+        raise OptionError("there is nothing to measure on: give calibration data, or data= (--data).")
+    asked = Request.of(options)
+    stages = asked.stages
+    ready = run_passes(model, asked)
+    batches = ready.batches if data is None else asked.data(data, ready.source)
     assert batches is not None
     work = ready.work
     with stages("ranges"):
-        sites = measure_sites(ready.float_model, work.transformed, batches, work.notes, work.plans, progress)
+        sites = measure_sites(ready.float_model, work.transformed, batches, work.notes, work.plans, options.progress)
     slices = _Slices(batches, fixed_batch(ready.float_model))
     with stages("errors"):
         meters, samples = error_meters(work.transformed, work.model, slices, cosine=True, outputs=True)
@@ -108,8 +108,8 @@ def analyze(
     return Analysis(
         model=ready.source.name,
         kind=ready.source.kind,
-        scheme=chosen.name,
-        passes=",".join(spell(item.name, item) for item in ready.passes),
+        scheme=asked.scheme.name,
+        passes=",".join(spell(item.name, item) for item in asked.passes),
         metric=CUSTOM if callable(metric) else metric,
         metric_name=metric_name(metric) if callable(metric) else metric,
         samples=samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from rich.console import Console
 from qcompiler.core import DataError, OptionError, QCompilerError
 from qcompiler.frontends import open_source
 from qcompiler.graph.rules import canonicalise
+from qcompiler.options import Options
 from qcompiler.passes import PASSES
 from qcompiler.report.analysis import METRICS
 from qcompiler.report.analysis_tables import TOP
@@ -92,32 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    from qcompiler.driver import compile
+    from qcompiler.driver import compile_as
 
-    compiled = compile(
-        options.src,
-        scheme=options.scheme,
-        target=options.target,
-        calibration=options.calibration,
-        output=options.output,
-        passes=options.passes,
-        ignore=tuple(options.ignore),
+    asked = dataclasses.replace(
+        _options(options),
         max_drop=_max_drop(options.max_drop) if options.max_drop is not None else None,
-        seed=options.seed,
-        limit=options.limit,
-        seq_len=options.seq_len,
-        batch_size=options.batch_size,
-        force=options.force,
         dump=options.dump,
-        trust_remote_code=options.trust_remote_code,
-        progress=not options.quiet,
     )
+    compiled = compile_as(options.src, asked, options.output, options.force)
     pairs = [("saved to", str(options.output)), *summary(compiled.report)]
     _tell(options, {"output": str(options.output), "report": compiled.report.to_json()}, key_values(pairs))
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    from qcompiler.analysis import analyze
+    from qcompiler.analysis import analyze_as
     from qcompiler.report.analysis_tables import to_rich
     from qcompiler.report.plots import require_matplotlib
 
@@ -129,15 +119,23 @@ def _analyze(options: argparse.Namespace) -> None:
         refuse_file(path, options.force)
     if options.html is not None:
         require_matplotlib()
-    found = analyze(
-        options.src,
+    found = analyze_as(options.src, _options(options), options.data, options.metric)
+    for kind, path in files.items():
+        write_text(path, found.to_html(options.top) if kind == "html" else found.to_text(), options.force)
+    if options.json is True:
+        print(found.to_text(), end="")
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(to_rich(found, options.top))
+
+
+def _options(options: argparse.Namespace) -> Options:
+    """What compile and analyze both ask."""
+    return Options(
         scheme=options.scheme,
         target=options.target,
         calibration=options.calibration,
-        data=options.data,
         passes=options.passes,
         ignore=tuple(options.ignore),
-        metric=options.metric,
         seed=options.seed,
         limit=options.limit,
         seq_len=options.seq_len,
@@ -145,12 +143,6 @@ def _analyze(options: argparse.Namespace) -> None:
         trust_remote_code=options.trust_remote_code,
         progress=not options.quiet,
     )
-    for kind, path in files.items():
-        write_text(path, found.to_html(options.top) if kind == "html" else found.to_text(), options.force)
-    if options.json is True:
-        print(found.to_text(), end="")
-    else:
-        Console(width=None if sys.stdout.isatty() else 200).print(to_rich(found, options.top))
 
 
 def _inspect(options: argparse.Namespace) -> None:

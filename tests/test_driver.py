@@ -17,11 +17,11 @@ import pytest
 
 import qcompiler
 from qcompiler.core import ArtefactError, DataError, ModelError, OptionError, TargetError
-from qcompiler.driver import default_passes
 from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.run import Runner, session_options
 from qcompiler.passes import PASSES
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.quantize import default_passes
 from qcompiler.scheme import PRESETS
 from tests import families
 from tests.passes.blocks import HELD_OUT, batches, block, error

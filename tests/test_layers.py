@@ -15,7 +15,7 @@ import qcompiler
 ROOT = Path(qcompiler.__file__).parent
 LAYERS = (
     {"cli"},
-    {"analysis", "driver", "measure", "budget"},
+    {"analysis", "driver", "measure", "quantize", "options", "budget"},
     {"frontends", "targets", "training", "runtime", "report"},
     {"passes"},
     {"calibration"},

@@ -1,0 +1,164 @@
+"""From a model and its data to the fake-quant graph: the part of a run that compile() and analyze() share."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompiler import passes as pass_table
+from qcompiler.budget import Budget, check_budget
+from qcompiler.core import Capability, ModelError, OptionError, TargetError
+from qcompiler.frontends import Source, open_data, open_source
+from qcompiler.frontends.data import Batches
+from qcompiler.frontends.holdout import hold_back
+from qcompiler.frontends.inputs import Inputs
+from qcompiler.graph.linear import linears
+from qcompiler.options import Options
+from qcompiler.passes.base import Context, Pass
+from qcompiler.passes.pipeline import Pipeline
+from qcompiler.report.stages import Stages
+from qcompiler.runtime.drop import MaxDrop, float_outputs
+from qcompiler.scheme import Scheme, resolve
+from qcompiler.targets import make_target
+from qcompiler.targets.base import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Options that were read and found possible, before any model is opened.
+
+    Attributes:
+        options: as they were given.
+        scheme: what is to be quantized, ``ignore`` included.
+        target: what will run it.
+        capability: what the target can run.
+        passes: what runs after ``normalise``.
+        allowed: what may be lost at most; None: nothing is asked.
+        stages: shows and times the run.
+    """
+
+    options: Options
+    scheme: Scheme
+    target: Target
+    capability: Capability
+    passes: Sequence[Pass]
+    allowed: MaxDrop | None
+    stages: Stages
+
+    @staticmethod
+    def of(options: Options) -> Request:
+        """
+        Raises:
+            QCompilerError: one of its kinds: an option that does not exist, or that others rule out.
+        """
+        scheme = resolve(options.scheme, tuple(options.ignore))
+        allowed = MaxDrop.parse(options.max_drop) if options.max_drop is not None else None
+        target = make_target(options.target)
+        capability = target.capability()
+        check_target(scheme, capability)
+        calibrated = options.calibration is not None
+        spelled = options.passes if options.passes is not None else default_passes(scheme, calibrated)
+        passes = pass_table.parse_pipeline(spelled)
+        if allowed is not None:
+            check_budget(scheme, passes, calibrated)
+        return Request(options, scheme, target, capability, passes, allowed, Stages(options.progress))
+
+    def data(self, data: Any, source: Source) -> Batches:
+        """Data of any kind as batches for the model, as many and as large as the options say."""
+        asked = self.options
+        return open_data(data, source, limit=asked.limit, seq_len=asked.seq_len, batch_size=asked.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What :func:`run_passes` leaves.
+
+    Attributes:
+        source: the opened model.
+        batches: its calibration data, or None.
+        float_model: the canonical float graph, before any pass but ``normalise``.
+        work: the fake-quant graph (``work.model``), the float graph that it is compared with, notes and plans.
+        budget: what runs the passes where a loss is allowed: ``work`` is the canonical float graph then. None: none is.
+    """
+
+    source: Source
+    batches: Batches | None
+    float_model: ir.Model
+    work: Pipeline
+    budget: Budget | None = None
+
+
+def run_passes(model: Any, asked: Request) -> Quantized:
+    """Open a model and its data and run the pipeline up to the fake-quant graph.
+
+    Where a loss is allowed, the passes are left to the budget that is returned.
+
+    Raises:
+        QCompilerError: one of its kinds, with one sentence, where model or data cannot be used.
+    """
+    options, allowed = asked.options, asked.allowed
+    with asked.stages("open"):
+        source = open_source(
+            model,
+            example_inputs=options.example_inputs,
+            dynamic_shapes=options.dynamic_shapes,
+            trust_remote_code=options.trust_remote_code,
+        )
+        batches = asked.data(options.calibration, source) if options.calibration is not None else None
+        search, validation = batches, None
+        if allowed is not None and batches is not None:
+            allowed.check(source.kind, float_outputs(source.model))
+            search, validation = hold_back(batches, Inputs(source.model), options.seed)
+    work = Pipeline(
+        source.model,
+        search,
+        Context(asked.scheme, asked.capability, options.seed),
+        stages=asked.stages,
+        progress=options.progress,
+        dump=Path(options.dump) if options.dump is not None else None,
+    )
+    work.apply(pass_table.make_pass("normalise", {}))
+    if not linears(work.model):
+        raise ModelError(
+            f"{source.name} has no Linear (MatMul or Gemm with a constant 2-D weight): nothing to quantize."
+        )
+    _check_ignore(work.model, asked.scheme)
+    canonical_float = work.model.clone()
+    budget = None
+    if allowed is not None and search is not None and validation is not None:
+        budget = Budget(allowed, canonical_float, search, validation, asked.scheme, asked.capability, asked.stages)
+    for item in asked.passes if budget is None else ():
+        work.apply(item)
+    return Quantized(source, batches, canonical_float, work, budget)
+
+
+def default_passes(scheme: Scheme, calibrated: bool) -> str:
+    """The pipeline of a scheme: ``split`` and ``adaptive`` need calibration data and quantized activations."""
+    quantize = "annotate,insert,fold"
+    return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
+
+
+def check_target(scheme: Scheme, capability: Capability) -> None:
+    """Refuse a scheme that no kernel of the target runs."""
+    for spec in (scheme.activation, *([scheme.fallback] if scheme.fallback is not None else [])):
+        if not capability.runs(scheme.weight, spec):
+            offered = ", ".join(dict.fromkeys(kernel.name for kernel in capability.kernels))
+            raise TargetError(
+                f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) "
+                f"takes weight {scheme.weight} with activation {spec or 'float'}."
+            )
+
+
+def _check_ignore(model: ir.Model, scheme: Scheme) -> None:
+    """An ignore glob that matches nothing is a mistake the user wants to hear of."""
+    names = [linear.name for linear in linears(model)]
+    for glob in scheme.ignore:
+        if not fnmatch.filter(names, glob):
+            raise OptionError(
+                f"ignore={glob!r} matches no Linear; their names look like {names[0]!r} (qcompiler inspect lists them)."
+            )
