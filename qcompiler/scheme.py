@@ -18,6 +18,8 @@ DTYPES = {
     "int2": (-2, 1),
     "uint2": (0, 3),
 }
+TABLES = ("nf4", "fp4")
+"""4-bit floats by table (``numerics.codebooks``), for weights in blocks."""
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 
 
@@ -26,7 +28,7 @@ class TensorSpec:
     """How one tensor is quantized.
 
     Attributes:
-        dtype: "int8", "uint8", or for weights also "int4", "uint4", "int2", "uint2".
+        dtype: "int8", "uint8", or for weights also "int4", "uint4", "int2", "uint2", "nf4", "fp4".
         symmetric: zero_point fixed (0 for int8, 128 for uint8) and, in 8 bits, the range narrow: [-127, 127] about it.
         granularity: per_tensor, per_channel (one scale an output channel), per_token (one scale a row of the
             activation), per_group (one scale for ``group_size`` input channels).
@@ -35,6 +37,7 @@ class TensorSpec:
         observer: spelling of the observer whose result sets a static scale.
         zero_point: of asymmetric per-token scales, one integer for all rows; None: the middle of the dtype, or, where
             there is calibration data, the one that suits a site's range best.
+        double_quant: the scales of nf4 or fp4 blocks are kept in 8 bits (QLoRA's double quantization).
     """
 
     dtype: str = "int8"
@@ -44,10 +47,11 @@ class TensorSpec:
     dynamic: bool = False
     observer: str = "minmax"
     zero_point: int | None = None
+    double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        if self.dtype not in (*DTYPES, *TABLES):
+            raise unknown("dtype", self.dtype, (*DTYPES, *TABLES))
         if self.granularity not in GRANULARITIES:
             raise unknown("granularity", self.granularity, GRANULARITIES)
         if (self.granularity == "per_group") != (self.group_size is not None):
@@ -60,20 +64,34 @@ class TensorSpec:
             raise OptionError("per_token scales are known at run time only: set dynamic=True.")
         if self.zero_point is not None and (self.granularity != "per_token" or self.symmetric):
             raise OptionError(f"zero_point={self.zero_point}: only asymmetric per_token scales have a fixed one.")
-        low, high = DTYPES[self.dtype]
+        self._check_table()
+        low, high = DTYPES.get(self.dtype, (0, 0))
         if self.zero_point is not None and not low + 2 <= self.zero_point < high:
             raise OptionError(f"zero_point={self.zero_point} leaves {self.dtype} no room on both sides of it.")
+
+    def _check_table(self) -> None:
+        if not self.by_table:
+            if self.double_quant:
+                raise OptionError(f"double_quant is for the scales of {' and '.join(TABLES)}, not of {self.dtype}.")
+        elif self.granularity != "per_group" or not self.symmetric or self.dynamic:
+            raise OptionError(f"{self.dtype} is for weights, symmetric and in blocks: give a group_size.")
+
+    @property
+    def by_table(self) -> bool:
+        """Whether the numbers are places in a table of floats, and not integers."""
+        return self.dtype in TABLES
 
     @property
     def bits(self) -> int:
         """Bits of one number."""
-        return int(self.dtype.removeprefix("u").removeprefix("int"))
+        return 4 if self.by_table else int(self.dtype.removeprefix("u").removeprefix("int"))
 
     def __str__(self) -> str:
         kind = "dynamic" if self.dynamic else "static"
         size = f"({self.group_size})" if self.group_size else ""
         zero = "" if self.zero_point is None else f" about {self.zero_point}"
-        return f"{self.dtype} {self.granularity}{size} {kind}{zero}"
+        double = ", scales in int8" if self.double_quant else ""
+        return f"{self.dtype} {self.granularity}{size} {kind}{zero}{double}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +162,10 @@ def _in_groups(dtype: str, group_size: int = 32) -> TensorSpec:
     return TensorSpec(dtype, granularity="per_group", group_size=group_size)
 
 
+def _by_table(dtype: str) -> TensorSpec:
+    return TensorSpec(dtype, granularity="per_group", group_size=64, double_quant=True)
+
+
 PRESETS: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -158,6 +180,8 @@ PRESETS: Mapping[str, Scheme] = {
         Scheme("w4a16", _in_groups("int4"), None),
         Scheme("w4a8", _in_groups("int4"), _INT8_GROUPS),
         Scheme("w2a16", _in_groups("int2"), None),
+        # 4-bit floats by table (QLoRA), their scales in 8 bits.
+        *(Scheme(name, _by_table(name), None) for name in TABLES),
     )
 }
 
@@ -166,7 +190,7 @@ def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = ()) -> Scheme:
     """The preset of that name, or the scheme as given; ``ignore`` globs are added to its own.
 
     A preset may be varied: ``"w4a16{group_size=128,symmetric=false,head=false}"``; ``group_size=none`` stands for one
-    scale an output channel.
+    scale an output channel. ``"nf4{double_quant=false}"`` keeps the scales of blocks in float.
 
     Raises:
         OptionError: no preset has that name, or it has no such option.
@@ -183,6 +207,7 @@ class _Variation:
     group_size: int | None
     symmetric: bool
     head: bool
+    double_quant: bool
 
 
 def _spelled(text: str) -> Scheme:
@@ -198,7 +223,12 @@ def _spelled(text: str) -> Scheme:
     weight = scheme.weight
     if weight.granularity != "per_group" and set(options) - {"head"}:
         raise OptionError(f"scheme {name!r} has no groups: its one option is head.")
-    now = {"group_size": str(weight.group_size).lower(), "symmetric": str(weight.symmetric), "head": str(scheme.head)}
+    now = {
+        "group_size": str(weight.group_size).lower(),
+        "symmetric": str(weight.symmetric),
+        "head": str(scheme.head),
+        "double_quant": str(weight.double_quant),
+    }
     new: _Variation = build_from_spelling("scheme", _Variation, name, {**now, **options})
     if weight.granularity == "per_group":
         scheme = dataclasses.replace(
@@ -211,10 +241,14 @@ def _spelled(text: str) -> Scheme:
 
 def _varied(weight: TensorSpec, new: _Variation) -> TensorSpec:
     """The weight's spec in other groups; asymmetric integers are unsigned."""
-    dtype = weight.dtype if new.symmetric else f"u{weight.dtype.removeprefix('u')}"
-    granularity = "per_channel" if new.group_size is None else "per_group"
+    dtype = weight.dtype if new.symmetric or weight.by_table else f"u{weight.dtype.removeprefix('u')}"
     return dataclasses.replace(
-        weight, dtype=dtype, symmetric=new.symmetric, granularity=granularity, group_size=new.group_size
+        weight,
+        dtype=dtype,
+        symmetric=new.symmetric,
+        granularity="per_channel" if new.group_size is None else "per_group",
+        group_size=new.group_size,
+        double_quant=new.double_quant,
     )
 
 

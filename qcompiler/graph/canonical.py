@@ -19,6 +19,9 @@ _INPUTS = {
     "FakeQuantPerTensor": 1,
     "FakeQuantPerToken": 1,
     "FakeQuantBlocks": 3,
+    "FakeQuantCodebook": 3,
+    "DequantizeCodebook": 3,
+    "DequantizeScales": 3,
     "FakeQuantPerGroup": 1,
 }
 _ATTRIBUTES = {
@@ -28,6 +31,9 @@ _ATTRIBUTES = {
     "FakeQuant": {"axis"},
     "FakeQuantBlocks": {"block_size", "low", "high"},
     "FakeQuantPerGroup": {"block_size"},
+    "FakeQuantCodebook": {"block_size"},
+    "DequantizeCodebook": {"block_size"},
+    "DequantizeScales": {"count"},
 }
 
 

@@ -16,11 +16,18 @@ Fake-quant (placed by ``insert``), each x -> dequantize(quantize(x)):
 - ``FakeQuant(x, scale, zero_point) {axis}``: static; scale and zero_point are scalars or vectors along ``axis``.
 - ``FakeQuantBlocks(w, scale, zero_point) {block_size, low, high}``: static, of a weight [in, out]; scale and
   zero_point [ceil(in / block_size), out], q clipped to [low, high].
+- ``FakeQuantCodebook(w, values, scale) {block_size}``: static, of a weight [in, out]: the nearest of values [16]
+  times the scale of its block; see ``numerics.codebooks`` for the blocks.
 - ``FakeQuantPerTensor(x)``: dynamic asymmetric uint8, one scale a tensor (ONNX DynamicQuantizeLinear).
 - ``FakeQuantPerToken(x) {zero_point = 128}``: dynamic, for each row along the last axis the least scale whose integers
   fit [1, 255] about the zero point: max|row| / 127 where that is 128.
 - ``FakeQuantPerGroup(x) {block_size}``: dynamic symmetric, max|x| / 127 for each ``block_size`` channels of a row; the
   last group may be short.
+
+What ``fold`` leaves of a weight that is quantized by table, where standard ONNX has no one operator:
+
+- ``DequantizeCodebook(q, values, scale) {block_size}``: values[q] · scale of the block; q uint4 [in, out].
+- ``DequantizeScales(q, step, mean) {count}``: q · step + mean, the first ``count``; q int8 [rows, n], step [rows].
 """
 
 from __future__ import annotations
@@ -31,6 +38,48 @@ import onnx_ir as ir
 from qcompiler.core import DOMAIN
 
 OPSET = 21
+
+_TO_BLOCKS = """
+        whole = Transpose<perm: ints = [1, 0]>(w)
+        turned = Shape(whole)
+        last = Constant<value_ints: ints = [-1]>()
+        start = Constant<value_ints: ints = [0]>()
+        number = Constant<value_int: int = @block_size>()
+        size = Unsqueeze(number, start)
+        elements = Size(whole)
+        count = Unsqueeze(elements, start)
+        over = Mod(count, size)
+        short = Sub(size, over)
+        missing = Mod(short, size)
+        pads = Concat<axis: int = 0>(start, missing)
+        flat = Reshape(whole, last)
+        padded = Pad(flat, pads)
+        split = Concat<axis: int = 0>(last, size)
+        blocks = Reshape(padded, split)
+        columns = Unsqueeze(scale, last)"""
+"""From w [in, out] to blocks [blocks, block_size] and the scale of each [blocks, 1]."""
+
+_FROM_BLOCKS = """
+        back = Mul(numbers, columns)
+        joined = Reshape(back, last)
+        kept = Slice(joined, start, count)
+        restored = Reshape(kept, turned)
+        y = Transpose<perm: ints = [1, 0]>(restored)"""
+"""From numbers [blocks, block_size] to y [in, out]."""
+
+
+def _descend(step: int, place: str) -> str:
+    """One step of a binary search: as ``place``, but ``step`` further where the middle before that is exceeded."""
+    return f"""
+        ahead{step} = Constant<value: tensor = int32 {{{step - 1}}}>()
+        seen{step} = Add({place}, ahead{step})
+        middle{step} = Gather(middles, seen{step})
+        above{step} = Greater(grid, middle{step})
+        further{step} = Cast<to: int = 6>(above{step})
+        far{step} = Constant<value: tensor = int32 {{{step}}}>()
+        gain{step} = Mul(further{step}, far{step})
+        place{step} = Add({place}, gain{step})"""
+
 
 _BODIES = {
     "RMSNorm": """<epsilon>(x, weight) => (y) {
@@ -101,6 +150,43 @@ _BODIES = {
         back = Sub(q, zero_points)
         y = Mul(back, scales)
     }""",
+    "FakeQuantCodebook": f"""<block_size>(w, values, scale) => (y) {{{_TO_BLOCKS}
+        none = Constant<value_float: float = 0.0>()
+        unit = Constant<value_float: float = 1.0>()
+        zero = CastLike(none, w)
+        one = CastLike(unit, w)
+        empty = Equal(columns, zero)
+        divisor = Where(empty, one, columns)
+        grid = Div(blocks, divisor)
+        second = Constant<value_ints: ints = [1]>()
+        entries = Shape(values)
+        upper = Slice(values, second, entries)
+        lower = Slice(values, start, last)
+        sums = Add(upper, lower)
+        half = Constant<value_float: float = 0.5>()
+        half_like = CastLike(half, w)
+        middles = Mul(sums, half_like)
+        place16 = Constant<value: tensor = int32 {{0}}>()
+        {_descend(8, "place16")}{_descend(4, "place8")}{_descend(2, "place4")}{_descend(1, "place2")}
+        numbers = Gather(values, place1){_FROM_BLOCKS}
+    }}""",
+    "DequantizeCodebook": f"""<block_size>(q, values, scale) => (y) {{
+        places = Cast<to: int = 6>(q)
+        w = Gather(values, places){_TO_BLOCKS}
+        numbers = Identity(blocks){_FROM_BLOCKS}
+    }}""",
+    "DequantizeScales": """<count>(q, step, mean) => (y) {
+        numbers = Cast<to: int = 1>(q)
+        last = Constant<value_ints: ints = [-1]>()
+        steps = Unsqueeze(step, last)
+        stretched = Mul(numbers, steps)
+        moved = Add(stretched, mean)
+        flat = Reshape(moved, last)
+        start = Constant<value_ints: ints = [0]>()
+        number = Constant<value_int: int = @count>()
+        end = Unsqueeze(number, start)
+        y = Slice(flat, start, end)
+    }""",
     "FakeQuantPerTensor": """(x) => (y) {
         q, scale, zero_point = DynamicQuantizeLinear(x)
         y = DequantizeLinear(q, scale, zero_point)
@@ -155,7 +241,7 @@ _BODIES = {
 
 NAMES = frozenset(_BODIES)
 FAKE_QUANT = frozenset(name for name in _BODIES if name.startswith("FakeQuant"))
-WEIGHT_QUANT = ("FakeQuant", "FakeQuantBlocks")
+WEIGHT_QUANT = ("FakeQuant", "FakeQuantBlocks", "FakeQuantCodebook")
 
 
 def ensure_function(model: ir.Model, name: str) -> None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.functions import WEIGHT_QUANT, is_call
 from qcompiler.graph.linear import Linear
+from qcompiler.numerics.codebooks import CodebookGrid, QuantizedScales
 from qcompiler.numerics.grids import Grid
 
 BITS = "qcompiler.bits"
@@ -20,8 +21,29 @@ def fake_quantized(linear: Linear) -> bool:
     return is_call(linear.weight_quant, *WEIGHT_QUANT)
 
 
+def on_integers(linear: Linear) -> bool:
+    """Whether the fake-quant on its weight rounds to integers, whose grid :func:`grid_of` reads."""
+    return fake_quantized(linear) and not is_call(linear.weight_quant, "FakeQuantCodebook")
+
+
+def codebook_of(call: ir.Node) -> CodebookGrid:
+    """The grid of a FakeQuantCodebook or DequantizeCodebook call, its scales expanded where they are quantized."""
+    values, scale = array_of(call.inputs[1]), array_of(call.inputs[2])
+    expands = call.inputs[2].producer() if call.inputs[2] is not None else None
+    if scale is None and is_call(expands, "DequantizeScales"):
+        assert expands is not None
+        q, step, mean = (array_of(value) for value in expands.inputs)
+        assert q is not None
+        assert step is not None
+        assert mean is not None
+        scale = QuantizedScales(q, step, mean, expands.attributes["count"].as_int()).expanded()
+    assert values is not None
+    assert scale is not None
+    return CodebookGrid(values, call.attributes["block_size"].as_int(), scale)
+
+
 def grid_of(call: ir.Node) -> Grid:
-    """The grid of a fake-quant on a weight [in, out], scale and zero_point as they stand there."""
+    """The grid of a fake-quant to integers on a weight [in, out], scale and zero_point as they stand there."""
     scale, zero_point = (array_of(value) for value in call.inputs[1:3])
     assert scale is not None
     assert zero_point is not None
@@ -71,4 +93,5 @@ def rounded_weight(linear: Linear) -> npt.NDArray[np.float32]:
     assert linear.weight_quant is not None
     weight = array_of(linear.weight)
     assert weight is not None
-    return np.asarray(grid_of(linear.weight_quant).rounded(np.asarray(weight, np.float32)), np.float32)
+    grid = grid_of(linear.weight_quant) if on_integers(linear) else codebook_of(linear.weight_quant)
+    return np.asarray(grid.rounded(np.asarray(weight, np.float32)), np.float32)

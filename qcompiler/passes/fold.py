@@ -1,8 +1,9 @@
-"""fold: turn fake-quantized weights into int8 constants behind a DequantizeLinear."""
+"""fold: turn fake-quantized weights into integer constants behind a DequantizeLinear or DequantizeCodebook."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import ml_dtypes
@@ -10,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.core import unknown
+from qcompiler.core import DOMAIN, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead
-from qcompiler.graph.functions import is_call
+from qcompiler.graph.functions import ensure_function, is_call
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.weights import BITS, fake_quantized, grid_of
+from qcompiler.graph.weights import BITS, codebook_of, fake_quantized, grid_of
 from qcompiler.numerics.affine import quantize
 from qcompiler.numerics.grids import Grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
@@ -24,7 +25,8 @@ from qcompiler.passes.base import Context, Pass, PassResult, Stats
 class Fold(Pass):
     """Constants become integers: W -> DequantizeLinear(W_int8, scale), with ``block_size`` where scales go by group.
 
-    Weights of 4 bits become int4 or uint4 tensors, those of 2 bits too: opset 21 has nothing smaller.
+    Weights of 4 bits become int4 or uint4 tensors, those of 2 bits too: opset 21 has nothing smaller. Those of nf4 and
+    fp4 become places in their table, uint4.
 
     ``bias="int32"`` also turns the bias of a static Linear into int32 with the derived scale s_x · s_w (Jacob et al.
     2018, section 2.4), for runtimes that want it so; "float" leaves it, which is what ort-cpu's fastest kernel takes.
@@ -43,8 +45,7 @@ class Fold(Pass):
             if linear.weight_quant is None or not fake_quantized(linear):
                 continue
             if linear.weight_quant not in folded:
-                fold = _integer_weight if is_call(linear.weight_quant, "FakeQuant") else _integer_blocks
-                folded[linear.weight_quant] = fold(model.graph, linear)
+                folded[linear.weight_quant] = _FOLDS[linear.weight_quant.op_type](model, linear)
             linear.matmul.replace_input_with(1, folded[linear.weight_quant])
             if self.bias == "int32":
                 _fold_bias(model.graph, linear)
@@ -52,7 +53,8 @@ class Fold(Pass):
         return PassResult(bool(folded))
 
 
-def _integer_weight(graph: ir.Graph, linear: Linear) -> ir.Value:
+def _integer_weight(model: ir.Model, linear: Linear) -> ir.Value:
+    graph = model.graph
     assert linear.weight_quant is not None
     weight, scale, zero_point = (array_of(value) for value in linear.weight_quant.inputs)
     assert weight is not None
@@ -74,8 +76,8 @@ def _integer_weight(graph: ir.Graph, linear: Linear) -> ir.Value:
     return dequantize.outputs[0]
 
 
-def _integer_blocks(graph: ir.Graph, linear: Linear) -> ir.Value:
-    call, old = linear.weight_quant, linear.weight
+def _integer_blocks(model: ir.Model, linear: Linear) -> ir.Value:
+    graph, call, old = model.graph, linear.weight_quant, linear.weight
     weight = array_of(old)
     assert call is not None
     assert weight is not None
@@ -99,6 +101,36 @@ def _integer_blocks(graph: ir.Graph, linear: Linear) -> ir.Value:
         graph, linear.matmul, "DequantizeLinear", inputs, attributes=attributes, name=f"{name}_dequantized", like=old
     )
     return dequantize.outputs[0]
+
+
+def _places(model: ir.Model, linear: Linear) -> ir.Value:
+    """Places in a table, uint4 [in, out]."""
+    call, old = linear.weight_quant, linear.weight
+    weight = array_of(old)
+    assert call is not None
+    assert weight is not None
+    name = old.name or linear.name
+    q = add_initializer(model.graph, f"{name}_quantized", codebook_of(call).nearest(weight).astype(ml_dtypes.uint4))
+    q.metadata_props.update(old.metadata_props)
+    ensure_function(model, "DequantizeCodebook")
+    dequantize = insert_node(
+        model.graph,
+        linear.matmul,
+        "DequantizeCodebook",
+        [q, *call.inputs[1:]],
+        domain=DOMAIN,
+        attributes={"block_size": call.attributes["block_size"].as_int()},
+        name=f"{name}_dequantized",
+        like=old,
+    )
+    return dequantize.outputs[0]
+
+
+_FOLDS: Mapping[str, Callable[[ir.Model, Linear], ir.Value]] = {
+    "FakeQuant": _integer_weight,
+    "FakeQuantBlocks": _integer_blocks,
+    "FakeQuantCodebook": _places,
+}
 
 
 def _container(grid: Grid) -> npt.DTypeLike:

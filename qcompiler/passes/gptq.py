@@ -20,7 +20,7 @@ from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.transaction import Transaction
-from qcompiler.graph.weights import fake_quantized, grid_of
+from qcompiler.graph.weights import grid_of, on_integers
 from qcompiler.numerics.affine import integer_range
 from qcompiler.numerics.gptq import Grid, Rounded, gptq
 from qcompiler.numerics.gptq_search import DAMPS, search_damp
@@ -123,7 +123,7 @@ class Gptq(Pass):
 
 
 def _quantized(model: ir.Model) -> list[Linear]:
-    return [linear for linear in linears(model) if fake_quantized(linear)]
+    return [linear for linear in linears(model) if on_integers(linear)]
 
 
 def _read(linear: Linear) -> ir.Value:

@@ -14,6 +14,7 @@ from qcompiler.graph.edit import add_initializer, array_of, first_of, insert_nod
 from qcompiler.graph.functions import ensure_function
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.affine import quantize_weight, row_zero_point, scale_zero_point
+from qcompiler.numerics.codebooks import block_absmax, codebook, quantize_scales
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.passes.annotate import annotated
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
@@ -72,6 +73,8 @@ def _request(linear: Linear, spec: TensorSpec) -> StatRequest:
 def _insert_on_weight(model: ir.Model, linear: Linear, spec: TensorSpec, reduce_range: bool) -> ir.Value:
     array = array_of(linear.weight)
     assert array is not None
+    if spec.by_table:
+        return _insert_codebook(model, linear, spec, array)
     if spec.group_size is not None or spec.bits < 8 or not spec.symmetric:
         return _insert_blocks(model, linear, spec, array)
     _, scale = quantize_weight(array, spec, reduce_range)
@@ -93,6 +96,26 @@ def _insert_blocks(model: ir.Model, linear: Linear, spec: TensorSpec, array: np.
     ]
     attributes = {"block_size": grid.group_size or len(array), "low": float(grid.low), "high": float(grid.high)}
     return _call(model, linear.matmul, "FakeQuantBlocks", inputs, f"{name}_fake_quant", **attributes)
+
+
+def _insert_codebook(model: ir.Model, linear: Linear, spec: TensorSpec, array: np.ndarray) -> ir.Value:
+    assert spec.group_size is not None
+    graph, name = model.graph, linear.weight.name
+    scale = block_absmax(array, spec.group_size)
+    values = add_initializer(graph, f"{name}_{spec.dtype}", codebook(spec.dtype))
+    if spec.double_quant:
+        scales = quantize_scales(scale)
+        inputs = [
+            add_initializer(graph, f"{name}_scales_quantized", scales.q),
+            add_initializer(graph, f"{name}_scales_step", scales.step),
+            add_initializer(graph, f"{name}_scales_mean", scales.mean),
+        ]
+        read = _call(model, linear.matmul, "DequantizeScales", inputs, f"{name}_scales", count=scales.count)
+        read.type, read.shape = values.type, ir.Shape(scale.shape)
+    else:
+        read = add_initializer(graph, f"{name}_scales", scale)
+    inputs = [linear.weight, values, read]
+    return _call(model, linear.matmul, "FakeQuantCodebook", inputs, f"{name}_fake_quant", block_size=spec.group_size)
 
 
 def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, stats: Stats) -> ir.Value:

@@ -30,6 +30,11 @@ def block_kernels(
     ]
 
 
+def table_kernels(name: str, block_sizes: Sequence[int], speed: float | None = None) -> list[Kernel]:
+    """Kernels of weights by table in blocks, for float activations."""
+    return [Kernel(name, table, "per_group", "float", "", False, speed, tuple(block_sizes)) for table in ("nf4", "fp4")]
+
+
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """Share of the Linears' multiplications (per token) that run in integer kernels.

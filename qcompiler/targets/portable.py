@@ -13,9 +13,10 @@ from qcompiler.core import Capability, Kernel, Note, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
 from qcompiler.graph.functions import inline_functions, is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.targets.base import Lowered, Target, block_kernels
+from qcompiler.targets.base import Lowered, Target, block_kernels, table_kernels
 
 FORMS = ("qdq", "qoperator")
+_BY_TABLE = "DequantizeCodebook"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Portable(Target):
     sums, which Cast and Mul(s_x · s_w) turn into the same float numbers as the fake-quantized graph.
 
     Weight-only Linears are MatMul behind a DequantizeLinear, in int4 or uint4 with ``block_size`` where the scheme says
-    so; weights of 2 bits take 4 there, for opset 21 has no smaller type.
+    so; weights of 2 bits take 4 there, for opset 21 has no smaller type. Those of nf4 and fp4 are gathered from their
+    table, a uint4 place each.
 
     In both forms dynamic Linears are MatMulInteger: behind DynamicQuantizeLinear (per tensor), or behind row maximum,
     Div and QuantizeLinear with scale 1 and a fixed zero point (per token), for which ONNX has no one operator.
@@ -62,6 +64,7 @@ class Portable(Target):
         kernels += block_kernels(
             "DequantizeLinear + MatMul", ("float", "", False), dict.fromkeys((2, 4, 8), range(16, 257)), 1.0
         )
+        kernels += table_kernels("Gather + MatMul", range(16, 257), 1.0)
         return Capability(self.name, tuple(kernels), self.reduce_range)
 
     def lower(self, model: ir.Model) -> Lowered:
@@ -70,10 +73,12 @@ class Portable(Target):
         notes: list[Note] = []
         inputs: dict[ir.Node, _Integers] = {}
         for linear in linears(model):
-            if linear.weight_quant is None or linear.weight_quant.op_type != "DequantizeLinear":
+            if linear.weight_quant is None or linear.weight_quant.op_type not in ("DequantizeLinear", _BY_TABLE):
                 continue
             nodes[linear.name] = linear.name
-            if linear.activation_quant is None:
+            if linear.weight_quant.op_type == _BY_TABLE:
+                notes.append(Note(linear.name, "Gather + MatMul", "the standard has no product of weights by table"))
+            elif linear.activation_quant is None:
                 notes.append(Note(linear.name, "DequantizeLinear + MatMul", "its input is float: weight-only"))
             elif self.form == "qdq" and is_call(linear.activation_quant, "FakeQuant"):
                 notes.append(Note(linear.name, "QuantizeLinear / DequantizeLinear + MatMul", "form=qdq"))

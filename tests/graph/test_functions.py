@@ -16,6 +16,7 @@ from qcompiler.core import DOMAIN
 from qcompiler.graph.functions import FAKE_QUANT, NAMES, OPSET, ensure_function, inline_functions, is_call
 from qcompiler.graph.run import Runner
 from qcompiler.numerics.affine import fake_quantize, fake_quantize_dynamic, scale_zero_point
+from qcompiler.numerics.codebooks import CODEBOOKS, CodebookGrid, block_absmax, quantize_scales
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.scheme import TensorSpec
 from tests.graph.tiny import HEADER, tiny
@@ -200,3 +201,28 @@ def test_blocks_are_the_grid_of_a_weight(dtype: str) -> None:
         y = qcompiler.FakeQuantBlocks<block_size = 16, low = {grid.low}.0, high = {grid.high}.0>(w, s, z)
     }}"""
     np.testing.assert_array_equal(run(body, w=weight, s=grid.scale, z=grid.zero_point), grid.rounded(weight))
+
+
+_CODEBOOK = {
+    name: runner(
+        """g (float[K,N] w, float[16] v, float[B] s) => (float[K,N] y)
+        { y = qcompiler.FakeQuantCodebook<block_size = 16>(w, v, s) }"""
+    )
+    for name in CODEBOOKS
+}
+
+
+@given(st.sampled_from(sorted(CODEBOOKS)), ROWS)
+@settings(max_examples=30, deadline=None)
+def test_codebook_is_the_grid_of_a_weight(name: str, weight: np.ndarray) -> None:
+    grid = CodebookGrid(CODEBOOKS[name], 16, block_absmax(weight, 16) * np.float32(0.7))
+    got = _CODEBOOK[name]({"w": weight, "v": grid.values, "s": grid.scale})["y"]
+    np.testing.assert_array_equal(got, grid.rounded(weight))
+
+
+def test_dequantized_scales_are_expanded_bit_for_bit() -> None:
+    scales = quantize_scales(np.abs(normal(300)))
+    body = f"""g (int8[2,256] q, float[2] s, float[] m) => (float[300] y) {{
+        y = qcompiler.DequantizeScales<count = {scales.count}>(q, s, m)
+    }}"""
+    np.testing.assert_array_equal(run(body, q=scales.q, s=scales.step, m=scales.mean), scales.expanded())

@@ -14,6 +14,7 @@ from qcompiler.graph.functions import OPSET, inline_functions
 from qcompiler.graph.shapes import concrete_shapes
 from qcompiler.targets.base import Lowered, Target
 from qcompiler.targets.ort.attention import lower_attention
+from qcompiler.targets.ort.bnb4 import lower_codebooks
 from qcompiler.targets.ort.capability import capability
 from qcompiler.targets.ort.costs import load_costs
 from qcompiler.targets.ort.linears import lower_linears
@@ -53,11 +54,12 @@ class OrtCpu(Target):
         facts = concrete_shapes(model)
         notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
         blocks, block_notes = lower_blocks(model)
+        tables, table_notes = lower_codebooks(model)
         nodes, linear_notes = lower_linears(
             model, lambda granularity, k, n: costs.fastest(granularity, self.rows, k, n)
         )
-        nodes = {**blocks, **nodes}
-        notes += [*block_notes, *linear_notes]
+        nodes = {**blocks, **tables, **nodes}
+        notes += [*block_notes, *table_notes, *linear_notes]
         remove_dead(model)
         inline_functions(model)
         notes += keep_additions_apart(model)

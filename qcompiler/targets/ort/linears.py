@@ -63,6 +63,8 @@ _GRANULARITY: Mapping[str, str] = {
 
 def _refuse(linear: Linear) -> str | None:
     quant = linear.activation_quant
+    if is_call(linear.weight_quant, "DequantizeCodebook"):
+        return "its weight is by table: it is made float when the model is loaded"
     if linear.weight_quant is None or linear.weight_quant.op_type != "DequantizeLinear":
         return "its weight is not folded to integers"
     if quant is None:
