@@ -34,6 +34,7 @@ class Channels:
     Attributes:
         low, high, mean: float32 [channels] of the activation.
         weight: float32 [channels], max|W| over all Linears that read the channel; 0 where the scale must stay 1.
+        magnitude: float32 [channels], mean|x|.
         fixed: bool [channels], where the shift must stay 0.
     """
 
@@ -41,6 +42,7 @@ class Channels:
     high: Vector
     mean: Vector
     weight: Vector
+    magnitude: Vector
     fixed: npt.NDArray[np.bool_]
 
 
@@ -246,7 +248,7 @@ def _channels(
     readers: Sequence[Reader], fold: int | None, channels: int, blocked: Array | None, fixed: Array | None
 ) -> Channels:
     low, high = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
-    weight, total, count = np.zeros(channels, np.float32), np.zeros(channels), np.zeros(channels)
+    weight, total, absolute, count = (np.zeros(channels, t) for t in (np.float32, float, float, float))
     for reader in readers:
         carried = reader.columns >= 0
         columns = reader.columns[carried]
@@ -258,10 +260,11 @@ def _channels(
         if len(rows) == 0:  # a fold that no sampled row is of
             rows = reader.rows
         np.add.at(total, columns, rows.sum(0, dtype=np.float64)[carried])
+        np.add.at(absolute, columns, np.abs(rows).sum(0, dtype=np.float64)[carried])
         np.add.at(count, columns, len(rows))
     unread = low > high
     low[unread] = high[unread] = 0
     if blocked is not None:
         weight[blocked] = 0  # as a dead channel: its scale is 1
-    mean = (total / np.maximum(count, 1)).astype(np.float32)
-    return Channels(low, high, mean, weight, np.zeros(channels, bool) if fixed is None else fixed)
+    mean, magnitude = ((sums / np.maximum(count, 1)).astype(np.float32) for sums in (total, absolute))
+    return Channels(low, high, mean, weight, magnitude, np.zeros(channels, bool) if fixed is None else fixed)

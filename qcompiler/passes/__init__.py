@@ -14,6 +14,7 @@ PASSES = {
     "piecewise": "qcompiler.passes.piecewise:Piecewise",
     "shift": "qcompiler.passes.shift:Shift",
     "adaptive": "qcompiler.passes.adaptive:Adaptive",
+    "awq": "qcompiler.passes.awq:Awq",
     "annotate": "qcompiler.passes.annotate:Annotate",
     "insert": "qcompiler.passes.insert:Insert",
     "clip": "qcompiler.passes.clip:Clip",

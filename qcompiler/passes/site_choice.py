@@ -55,12 +55,12 @@ class Found:
     """What a search found for sites: the kind of spec that their inputs get and why, and the transform."""
 
     sites: Sequence[Site]
-    spec: TensorSpec
+    spec: TensorSpec | None
     choice: Choice
     why: str
 
     def __str__(self) -> str:
-        return f"error {self.choice.plain:.1e} -> {self.choice.error:.1e} ({self.spec})"
+        return f"error {self.choice.plain:.1e} -> {self.choice.error:.1e} ({self.spec or 'float inputs'})"
 
 
 class Chooser:
@@ -100,7 +100,8 @@ class Chooser:
                     notes.append(Note(site.name, what, str(found)))
                     plans.append(dataclasses.replace(plan, why=f"{what}: {found}"))
                 for group, spec, extremes in decided:
-                    assert spec is not None
+                    if spec is None:
+                        continue
                     leave_decision(group, spec, found.why)
                     x = linear_named(model, group[0].name).x
                     self.ranges[StatRequest(x.name or "", spec.observer)] = extremes
@@ -138,7 +139,6 @@ class Chooser:
     def _search(self, together: Sequence[Site]) -> Found:
         """The best transform for the spec that the sites will get: the static one if it holds, else the fallback."""
         scheme = self._ctx.scheme
-        assert scheme.activation is not None
         readers = [reader for site in together for reader in self._read(site)]
         choice = self._search_for(scheme.activation, together, readers)
         groups = [group for site in together for group in by_input(site.linears)]
@@ -148,7 +148,7 @@ class Chooser:
                 return Found(together, scheme.fallback, other, why_fallback(choice.error, other.error))
         return Found(together, scheme.activation, choice, "")
 
-    def _search_for(self, spec: TensorSpec, together: Sequence[Site], readers: Sequence[Reader]) -> Choice:
+    def _search_for(self, spec: TensorSpec | None, together: Sequence[Site], readers: Sequence[Reader]) -> Choice:
         flows = [site.flow for site in together if site.flow is not None]
         search = SiteSearch(
             readers,
