@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from qcompiler.targets.tvm.isa import Isa
+from qcompiler.targets.tvm.tidy import BUFFERS, SHAPES, Share, TrustConstants
 
 
 def compile_module(module: Any, isa: Isa) -> Any:
@@ -28,10 +29,13 @@ def compile_module(module: Any, isa: Isa) -> Any:
         relax.transform.CallTIRRewrite(),
         relax.transform.StaticPlanBlockMemory(),
         relax.transform.LowerAllocTensor(),
+        Share(*BUFFERS),
         relax.transform.KillAfterLastUse(),
         relax.transform.LowerRuntimeBuiltin(),
         relax.transform.ComputePrimValue(),
         relax.transform.VMShapeLower(),
+        TrustConstants(),
+        Share(*SHAPES),
         relax.transform.AttachGlobalSymbol(),
     ]
     with target, tvm.transform.PassContext(opt_level=3):

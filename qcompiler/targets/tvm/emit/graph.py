@@ -110,7 +110,7 @@ class _Emitter:
             self.values[value] = tensor
             arguments.append(tensor.var)
         block = builder.block
-        with block.function("main", pure=True):
+        with block.function("main", attrs={"num_input": len(arguments)}, pure=True):
             with block.dataflow():
                 for node in self.model.graph:
                     self._node(node)
