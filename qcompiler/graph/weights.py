@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.functions import WEIGHT_QUANT, is_call
-from qcompiler.graph.linear import Linear
+from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.codebooks import CodebookGrid, QuantizedScales
 from qcompiler.numerics.grids import Grid
 
@@ -24,6 +24,15 @@ def fake_quantized(linear: Linear) -> bool:
 def on_integers(linear: Linear) -> bool:
     """Whether the fake-quant on its weight rounds to integers, whose grid :func:`grid_of` reads."""
     return fake_quantized(linear) and not is_call(linear.weight_quant, "FakeQuantCodebook")
+
+
+def in_groups(model: ir.Model) -> dict[ir.Node, list[Linear]]:
+    """The fake-quants to integers in groups of inputs, and the Linears whose weights stand behind each."""
+    groups: dict[ir.Node, list[Linear]] = {}
+    for linear in linears(model):
+        if linear.weight_quant is not None and is_call(linear.weight_quant, "FakeQuantBlocks"):
+            groups.setdefault(linear.weight_quant, []).append(linear)
+    return groups
 
 
 def codebook_of(call: ir.Node) -> CodebookGrid:

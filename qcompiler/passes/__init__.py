@@ -19,6 +19,7 @@ PASSES = {
     "insert": "qcompiler.passes.insert:Insert",
     "clip": "qcompiler.passes.clip:Clip",
     "clip_weights": "qcompiler.passes.clip_weights:ClipWeights",
+    "hqq": "qcompiler.passes.hqq:Hqq",
     "gptq": "qcompiler.passes.gptq:Gptq",
     "bias_correction": "qcompiler.passes.bias_correction:BiasCorrection",
     "fold": "qcompiler.passes.fold:Fold",

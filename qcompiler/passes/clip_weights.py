@@ -10,9 +10,7 @@ import onnx_ir as ir
 
 from qcompiler.core import Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
-from qcompiler.graph.functions import is_call
-from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.weights import grid_of, write_grid
+from qcompiler.graph.weights import grid_of, in_groups, write_grid
 from qcompiler.numerics.group_clip import clipped_grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import sample_request
@@ -36,13 +34,12 @@ class ClipWeights(Pass):
             raise OptionError(f"clip_weights{{shortest={self.shortest}}}: a part of the full range is wanted, 0 to 1.")
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        return [sample_request(linear, self.rows) for readers in _shared(model) for linear in readers]
+        return [sample_request(linear, self.rows) for readers in in_groups(model).values() for linear in readers]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         notes = []
-        for readers in _shared(model):
-            call, weight = readers[0].weight_quant, array_of(readers[0].weight)
-            assert call is not None
+        for call, readers in in_groups(model).items():
+            weight = array_of(readers[0].weight)
             assert weight is not None
             samples = [stats[sample_request(linear, self.rows)].rows for linear in readers]
             importance = np.mean([np.square(rows, dtype=np.float64).mean(0) for rows in samples], axis=0)
@@ -56,12 +53,3 @@ class ClipWeights(Pass):
             why = f"weighted squared error {new / old:.2f} of the full range's" if old else "no error"
             notes += [Note(linear.name, "clipped by group", why) for linear in readers]
         return PassResult(bool(notes), tuple(notes))
-
-
-def _shared(model: ir.Model) -> list[list[Linear]]:
-    """Linears with weights in groups, those of one fake-quant together."""
-    groups: dict[ir.Node, list[Linear]] = {}
-    for linear in linears(model):
-        if linear.weight_quant is not None and is_call(linear.weight_quant, "FakeQuantBlocks"):
-            groups.setdefault(linear.weight_quant, []).append(linear)
-    return list(groups.values())
