@@ -185,12 +185,14 @@ class Capability:
         kernels: the quantized Linears it has.
         reduce_range: True where u8 x s8 products saturate in 16 bits (x86 without VNNI): weights then keep 7 bits.
         float_times: what its float32 MatMul takes, as ``Kernel.times``.
+        embeddings: dtypes of embedding tables in groups that it gathers rows of -> the group sizes that it takes.
     """
 
     target: str
     kernels: tuple[Kernel, ...]
     reduce_range: bool = False
     float_times: Times = ()
+    embeddings: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def runs(self, weight: Quantization, activation: Quantization | None) -> bool:
         """Whether any kernel takes a weight and an input quantized so; activation None: an input in float."""

@@ -152,6 +152,12 @@ def check_target(scheme: Scheme, capability: Capability) -> None:
                 f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) "
                 f"takes weight {scheme.weight} with activation {spec or 'float'}."
             )
+    table = scheme.embedding
+    if table is not None and table.group_size not in capability.embeddings.get(table.dtype, ()):
+        raise TargetError(
+            f"target {capability.target!r} gathers no rows of an embedding in {table.dtype} by {table.group_size}: "
+            f"it has {', '.join(capability.embeddings) or 'float tables only'}."
+        )
 
 
 def _check_ignore(model: ir.Model, scheme: Scheme) -> None:

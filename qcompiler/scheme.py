@@ -104,6 +104,7 @@ class Scheme:
         activation: spec of every Linear's input, or None for float activations.
         fallback: spec of a Linear's input at sites where the static ``activation`` does not hold, or None: never.
         head: True quantizes the output head as any Linear; False leaves it in float.
+        embedding: spec of embedding tables, in groups of each row's features; None: they stay in float.
         ignore: globs over Linear names that stay in float.
     """
 
@@ -112,6 +113,7 @@ class Scheme:
     activation: TensorSpec | None
     fallback: TensorSpec | None = None
     head: bool = True
+    embedding: TensorSpec | None = None
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ class Scheme:
         if data.get("version") != VERSION:
             raise OptionError(f"scheme of version {data.get('version')!r}: this qcompiler reads version {VERSION}.")
         fields = {key: value for key, value in data.items() if key != "version"}
-        for key in ("weight", "activation", "fallback"):
+        for key in ("weight", "activation", "fallback", "embedding"):
             if fields.get(key) is not None:
                 fields[key] = TensorSpec(**fields[key])
         try:
@@ -190,7 +192,8 @@ def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = ()) -> Scheme:
     """The preset of that name, or the scheme as given; ``ignore`` globs are added to its own.
 
     A preset may be varied: ``"w4a16{group_size=128,symmetric=false,head=false}"``; ``group_size=none`` stands for one
-    scale an output channel. ``"nf4{double_quant=false}"`` keeps the scales of blocks in float.
+    scale an output channel. ``"nf4{double_quant=false}"`` keeps the scales of blocks in float,
+    ``"w4a16{embedding=4}"`` quantizes embeddings to 4 bits as well.
 
     Raises:
         OptionError: no preset has that name, or it has no such option.
@@ -208,6 +211,7 @@ class _Variation:
     symmetric: bool
     head: bool
     double_quant: bool
+    embedding: int | None
 
 
 def _spelled(text: str) -> Scheme:
@@ -221,13 +225,14 @@ def _spelled(text: str) -> Scheme:
     if not options:
         return scheme
     weight = scheme.weight
-    if weight.granularity != "per_group" and set(options) - {"head"}:
-        raise OptionError(f"scheme {name!r} has no groups: its one option is head.")
+    if weight.granularity != "per_group" and set(options) - {"head", "embedding"}:
+        raise OptionError(f"scheme {name!r} has no groups: its options are head and embedding.")
     now = {
         "group_size": str(weight.group_size).lower(),
         "symmetric": str(weight.symmetric),
         "head": str(scheme.head),
         "double_quant": str(weight.double_quant),
+        "embedding": "none",
     }
     new: _Variation = build_from_spelling("scheme", _Variation, name, {**now, **options})
     if weight.granularity == "per_group":
@@ -236,7 +241,14 @@ def _spelled(text: str) -> Scheme:
             weight=_varied(weight, new),
             activation=None if scheme.activation is None else _regrouped(scheme.activation, new.group_size),
         )
-    return dataclasses.replace(scheme, name=text.replace(" ", ""), head=new.head)
+    embedding = None if new.embedding is None else _of_embedding(new)
+    return dataclasses.replace(scheme, name=text.replace(" ", ""), head=new.head, embedding=embedding)
+
+
+def _of_embedding(new: _Variation) -> TensorSpec:
+    """As the weights': with the same groups, a tied head and embedding are the same numbers."""
+    dtype = f"{'' if new.symmetric else 'u'}int{new.embedding}"
+    return TensorSpec(dtype, new.symmetric, "per_group", new.group_size or 32)
 
 
 def _varied(weight: TensorSpec, new: _Variation) -> TensorSpec:

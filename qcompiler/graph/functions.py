@@ -16,6 +16,8 @@ Fake-quant (placed by ``insert``), each x -> dequantize(quantize(x)):
 - ``FakeQuant(x, scale, zero_point) {axis}``: static; scale and zero_point are scalars or vectors along ``axis``.
 - ``FakeQuantBlocks(w, scale, zero_point) {block_size, low, high}``: static, of a weight [in, out]; scale and
   zero_point [ceil(in / block_size), out], q clipped to [low, high].
+- ``FakeQuantRows(w, scale, zero_point) {block_size, low, high}``: the same of an embedding table [rows, features],
+  scale and zero_point [rows, ceil(features / block_size)].
 - ``FakeQuantCodebook(w, values, scale) {block_size}``: static, of a weight [in, out]: the nearest of values [16]
   times the scale of its block; see ``numerics.codebooks`` for the blocks.
 - ``FakeQuantPerTensor(x)``: dynamic asymmetric uint8, one scale a tensor (ONNX DynamicQuantizeLinear).
@@ -81,6 +83,32 @@ def _descend(step: int, place: str) -> str:
         place{step} = Add({place}, gain{step})"""
 
 
+def _in_blocks(axis: int) -> str:
+    """Static fake-quant with one scale and zero point for each ``block_size`` numbers along an axis of two."""
+    return f"""<block_size, low, high>(x, scale, zero_point) => (y) {{
+        long = Shape<start: int = {axis}, end: int = {axis + 1}>(x)
+        zero = Constant<value_int: int = 0>()
+        one = Constant<value_int: int = 1>()
+        end = Squeeze(long)
+        place = Range(zero, end, one)
+        size = Constant<value_int: int = @block_size>()
+        block = Div(place, size)
+        scales = Gather<axis: int = {axis}>(scale, block)
+        zeros = CastLike(zero_point, x)
+        zero_points = Gather<axis: int = {axis}>(zeros, block)
+        bottom = Constant<value_float: float = @low>()
+        top = Constant<value_float: float = @high>()
+        grid = Div(x, scales)
+        nearest = Round(grid)
+        moved = Add(nearest, zero_points)
+        bottom_like = CastLike(bottom, x)
+        top_like = CastLike(top, x)
+        q = Clip(moved, bottom_like, top_like)
+        back = Sub(q, zero_points)
+        y = Mul(back, scales)
+    }}"""
+
+
 _BODIES = {
     "RMSNorm": """<epsilon>(x, weight) => (y) {
         square = Mul(x, x)
@@ -128,28 +156,8 @@ _BODIES = {
         q = QuantizeLinear<axis: int = @axis>(x, scale, zero_point)
         y = DequantizeLinear<axis: int = @axis>(q, scale, zero_point)
     }""",
-    "FakeQuantBlocks": """<block_size, low, high>(x, scale, zero_point) => (y) {
-        rows = Shape<end: int = 1>(x)
-        zero = Constant<value_int: int = 0>()
-        one = Constant<value_int: int = 1>()
-        end = Squeeze(rows)
-        row = Range(zero, end, one)
-        size = Constant<value_int: int = @block_size>()
-        block = Div(row, size)
-        scales = Gather<axis: int = 0>(scale, block)
-        zeros = CastLike(zero_point, x)
-        zero_points = Gather<axis: int = 0>(zeros, block)
-        bottom = Constant<value_float: float = @low>()
-        top = Constant<value_float: float = @high>()
-        grid = Div(x, scales)
-        nearest = Round(grid)
-        moved = Add(nearest, zero_points)
-        bottom_like = CastLike(bottom, x)
-        top_like = CastLike(top, x)
-        q = Clip(moved, bottom_like, top_like)
-        back = Sub(q, zero_points)
-        y = Mul(back, scales)
-    }""",
+    "FakeQuantBlocks": _in_blocks(0),
+    "FakeQuantRows": _in_blocks(1),
     "FakeQuantCodebook": f"""<block_size>(w, values, scale) => (y) {{{_TO_BLOCKS}
         none = Constant<value_float: float = 0.0>()
         unit = Constant<value_float: float = 1.0>()

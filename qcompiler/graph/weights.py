@@ -52,7 +52,8 @@ def codebook_of(call: ir.Node) -> CodebookGrid:
 
 
 def grid_of(call: ir.Node) -> Grid:
-    """The grid of a fake-quant to integers on a weight [in, out], scale and zero_point as they stand there."""
+    """The grid of a fake-quant to integers on a weight [in, out], scale and zero_point as they stand there; that of an
+    embedding's table [rows, features] is the grid of its transpose."""
     scale, zero_point = (array_of(value) for value in call.inputs[1:3])
     assert scale is not None
     assert zero_point is not None
@@ -60,6 +61,8 @@ def grid_of(call: ir.Node) -> Grid:
         limits = np.iinfo(zero_point.dtype)
         return Grid(int(limits.min), int(limits.max), None, scale, zero_point)
     low, high = (int(call.attributes[name].as_float()) for name in ("low", "high"))
+    if is_call(call, "FakeQuantRows"):
+        scale, zero_point = scale.T, zero_point.T
     return Grid(low, high, call.attributes["block_size"].as_int(), scale, zero_point)
 
 

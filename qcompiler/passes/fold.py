@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import DOMAIN, unknown
@@ -17,8 +16,8 @@ from qcompiler.graph.functions import ensure_function, is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.weights import BITS, codebook_of, fake_quantized, grid_of
 from qcompiler.numerics.affine import quantize
-from qcompiler.numerics.grids import Grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.tables import container, fold_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,9 @@ class Fold(Pass):
             linear.matmul.replace_input_with(1, folded[linear.weight_quant])
             if self.bias == "int32":
                 _fold_bias(model.graph, linear)
+        tables = fold_tables(model)
         remove_dead(model)
-        return PassResult(bool(folded))
+        return PassResult(bool(folded) or tables)
 
 
 def _integer_weight(model: ir.Model, linear: Linear) -> ir.Value:
@@ -84,7 +84,7 @@ def _integer_blocks(model: ir.Model, linear: Linear) -> ir.Value:
     grid = grid_of(call)
     assert grid.scale is not None
     assert grid.zero_point is not None
-    dtype = _container(grid)
+    dtype = container(grid.low, grid.high)
     name = old.name or linear.name
     whole = len(grid.scale) == 1
     numbers = [grid.nearest(np.asarray(weight, np.float32)), grid.zero_point.astype(np.int32)]
@@ -131,13 +131,6 @@ _FOLDS: Mapping[str, Callable[[ir.Model, Linear], ir.Value]] = {
     "FakeQuantBlocks": _integer_blocks,
     "FakeQuantCodebook": _places,
 }
-
-
-def _container(grid: Grid) -> npt.DTypeLike:
-    """The smallest integer type of opset 21 that holds the grid."""
-    if grid.high - grid.low < 16:
-        return ml_dtypes.int4 if grid.low < 0 else ml_dtypes.uint4
-    return np.int8 if grid.low < 0 else np.uint8
 
 
 def _fold_bias(graph: ir.Graph, linear: Linear) -> None:

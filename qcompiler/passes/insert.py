@@ -18,6 +18,7 @@ from qcompiler.numerics.codebooks import block_absmax, codebook, quantize_scales
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.passes.annotate import annotated
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.tables import insert_on_tables
 from qcompiler.scheme import TensorSpec
 
 _DYNAMIC = {
@@ -56,7 +57,8 @@ class Insert(Pass):
                     activations[key] = _insert_on_activation(model, linear, activation_spec, stats)
                 linear.matmul.replace_input_with(0, activations[key])
             changed = True
-        return PassResult(changed)
+        notes = [] if ctx.scheme.embedding is None else insert_on_tables(model, ctx.scheme.embedding)
+        return PassResult(changed or bool(notes), tuple(notes))
 
 
 def _quantized(model: ir.Model) -> Iterator[tuple[Linear, TensorSpec, TensorSpec | None]]:

@@ -17,6 +17,7 @@ from qcompiler.targets.ort.attention import lower_attention
 from qcompiler.targets.ort.bnb4 import lower_codebooks
 from qcompiler.targets.ort.capability import capability
 from qcompiler.targets.ort.costs import load_costs
+from qcompiler.targets.ort.embeddings import lower_embeddings
 from qcompiler.targets.ort.linears import lower_linears
 from qcompiler.targets.ort.nbits import lower_blocks
 from qcompiler.targets.ort.norms import keep_additions_apart, lower_rms_norms
@@ -55,6 +56,7 @@ class OrtCpu(Target):
         notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
         blocks, block_notes = lower_blocks(model)
         tables, table_notes = lower_codebooks(model)
+        notes += lower_embeddings(model)
         nodes, linear_notes = lower_linears(
             model, lambda granularity, k, n: costs.fastest(granularity, self.rows, k, n)
         )

@@ -67,4 +67,10 @@ def capability(rows: int, vnni: bool | None = None) -> Capability:
         times = costs.times(rows, "per_token", name)
         kernels.append(Kernel("MatMulNBits", "int8", "per_group", "int8", "per_group", True, None, (size,), times))
     reduce_range = saturates() if vnni is None else not vnni
-    return Capability("ort-cpu", tuple(kernels), reduce_range, float_times=costs.times(rows))
+    return Capability(
+        "ort-cpu",
+        tuple(kernels),
+        reduce_range,
+        float_times=costs.times(rows),
+        embeddings=dict.fromkeys(("int4", "uint4", "int8", "uint8"), BLOCK_SIZES),
+    )

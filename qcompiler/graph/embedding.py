@@ -1,0 +1,66 @@
+"""The Embedding view: ``Gather(table[rows, features], ids)``, whose table may be float, fake-quantized or folded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from qcompiler.graph.edit import array_of, users
+from qcompiler.graph.functions import is_call
+
+_READERS = frozenset({"Add", "Sum", "LayerNormalization", "RMSNorm", "MatMul"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """One embedding of a canonical graph.
+
+    Attributes:
+        name: of its table.
+        gather: the Gather node.
+        table: the initializer [rows, features]: float, or integers after ``fold``.
+        quant: the FakeQuantRows call (after ``insert``) or DequantizeLinear (after ``fold``) on the table, or None.
+    """
+
+    name: str
+    gather: ir.Node
+    table: ir.Value
+    quant: ir.Node | None
+
+
+def embeddings(model: ir.Model) -> list[Embedding]:
+    """Every embedding of the model's main graph, in graph order.
+
+    A gathered table is one where its rows are added, normalised, multiplied by a weight or scaled by constants; tables
+    of sines and cosines, which multiply what was computed, are not.
+    """
+    return [found for node in model.graph if (found := _as_embedding(node)) is not None]
+
+
+def _as_embedding(node: ir.Node) -> Embedding | None:
+    if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
+        return None
+    table, ids = node.inputs
+    quant = table.producer() if table is not None else None
+    if quant is not None and (is_call(quant, "FakeQuantRows") or quant.op_type == "DequantizeLinear"):
+        table = quant.inputs[0]
+    else:
+        quant = None
+    if table is None or not table.is_initializer() or table.shape is None or len(table.shape) != 2:
+        return None
+    floats = table.dtype is not None and table.dtype.is_floating_point()
+    if array_of(ids) is not None or (quant is None and not floats):
+        return None
+    return Embedding(table.name or "", node, table, quant) if _embeds(node.outputs[0]) else None
+
+
+def _embeds(rows: ir.Value) -> bool:
+    readers = users(rows)
+    return bool(readers) and all(reader.op_type in _READERS or _scales(reader, rows) for reader in readers)
+
+
+def _scales(reader: ir.Node, rows: ir.Value) -> bool:
+    """Whether the node multiplies by a constant."""
+    others = [value for value in reader.inputs if value is not rows]
+    return reader.op_type == "Mul" and len(others) == 1 and array_of(others[0]) is not None

@@ -1,0 +1,108 @@
+"""Embedding tables in groups: to GatherBlockQuantized, sharing the weight of a tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompiler.core import Note
+from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value
+from qcompiler.graph.embedding import Embedding, embeddings
+from qcompiler.graph.weights import BITS
+from qcompiler.numerics.packing import pack
+from qcompiler.targets.ort.nbits import CONTRIB
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def lower_embeddings(model: ir.Model) -> list[Note]:
+    """Replace every Gather of a folded table, in place, and say of each table what became of it.
+
+    Where a MatMulNBits (so: after ``lower_blocks``) has the very same numbers, scales and zero points, the table is a
+    Reshape of its weight, and the file has both once.
+    """
+    made: dict[ir.Node, list[ir.Value | None]] = {}
+    notes = []
+    for found in embeddings(model):
+        table = found.quant
+        if table is None or table.op_type != "DequantizeLinear":
+            continue
+        bits, size = int(found.table.metadata_props[BITS]), table.attributes["block_size"].as_int()
+        if table not in made:
+            made[table], shared = _operands(model.graph, found, table, bits, size)
+            why = f"the numbers of {shared}, in the file once" if shared else f"{bits}-bit rows"
+            notes.append(Note(found.name, f"GatherBlockQuantized.g{size}", why))
+        data, scales, zero_points = made[table]
+        attributes = {"bits": bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
+        _gather(model, found.gather, [data, found.gather.inputs[1], scales, zero_points], attributes)
+    return notes
+
+
+def _operands(
+    graph: ir.Graph, found: Embedding, table: ir.Node, bits: int, size: int
+) -> tuple[list[ir.Value | None], str]:
+    """Data, scales and zero points (None: the middle) of a table, and the node whose weight they share, or ""."""
+    q, scale, zero_point = (array_of(value) for value in table.inputs)
+    assert q is not None
+    assert scale is not None
+    assert zero_point is not None
+    low = -(1 << (bits - 1)) if str(found.table.dtype).startswith("INT") else 0
+    data, zeros = (pack((a.astype(np.int16) - low).astype(np.uint8), bits) for a in (q, zero_point))
+    symmetric = bool((zero_point.astype(np.int16) - low == 1 << (bits - 1)).all())
+    for node, operands in _products(graph, bits, size):
+        if _equal(operands, [data, scale, None if symmetric else zeros]):
+            shape = add_initializer(graph, f"{found.name}.shape", np.array(data.shape, np.int64))
+            flat = insert_node(graph, found.gather, "Reshape", [operands[0], shape], name=f"{found.name}.rows")
+            return [flat.outputs[0], *operands[1:]], node.name or ""
+    base = found.name.removesuffix("_quantized")
+    return [
+        add_initializer(graph, f"{base}_rows", data),
+        table.inputs[1],
+        None if symmetric else add_initializer(graph, f"{base}_row_zero_points", zeros),
+    ], ""
+
+
+def _products(graph: ir.Graph, bits: int, size: int) -> Iterator[tuple[ir.Node, list[ir.Value | None]]]:
+    """Each MatMulNBits of these blocks, with its weight, scales and zero points (None: the middle)."""
+    for node in graph:
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        if node.op_type == "MatMulNBits" and (attributes["bits"], attributes["block_size"]) == (bits, size):
+            yield node, [*node.inputs[1:4], None][:3]
+
+
+def _equal(operands: list[ir.Value | None], wanted: list[npt.NDArray[np.generic] | None]) -> bool:
+    """Whether a product's constants are a table's but for their shape."""
+    for value, array in zip(operands, wanted, strict=True):
+        if value is None or array is None:
+            if value is not None or array is not None:
+                return False
+            continue
+        if value.const_value is None or value.const_value.size != array.size:
+            return False
+        if not np.array_equal(value.const_value.numpy().reshape(array.shape), array):
+            return False
+    return True
+
+
+def _gather(model: ir.Model, old: ir.Node, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
+    model.graph.opset_imports.setdefault(CONTRIB, 1)
+    while inputs[-1] is None:
+        inputs.pop()
+    output = old.outputs[0]
+    node = insert_node(
+        model.graph,
+        old,
+        "GatherBlockQuantized",
+        inputs,
+        domain=CONTRIB,
+        attributes=attributes,
+        name=f"{old.name}.rows",
+        like=output,
+    )
+    name = output.name
+    replace_value(output, node.outputs[0])
+    model.graph.remove(old, safe=True)
+    node.outputs[0].name = name
