@@ -32,8 +32,8 @@ class Embedding:
 def embeddings(model: ir.Model) -> list[Embedding]:
     """Every embedding of the model's main graph, in graph order.
 
-    A gathered table is one where its rows are added, normalised, multiplied by a weight or scaled by constants; tables
-    of sines and cosines, which multiply what was computed, are not.
+    A gathered float table is one where its rows are added, normalised, multiplied by a weight or scaled by constants;
+    tables of sines and cosines, which multiply what was computed, are not. A quantized one was found to be.
     """
     return [found for node in model.graph if (found := _as_embedding(node)) is not None]
 
@@ -49,10 +49,11 @@ def _as_embedding(node: ir.Node) -> Embedding | None:
         quant = None
     if table is None or not table.is_initializer() or table.shape is None or len(table.shape) != 2:
         return None
-    floats = table.dtype is not None and table.dtype.is_floating_point()
-    if array_of(ids) is not None or (quant is None and not floats):
-        return None
-    return Embedding(table.name or "", node, table, quant) if _embeds(node.outputs[0]) else None
+    if quant is None:
+        floats = table.dtype is not None and table.dtype.is_floating_point()
+        if not floats or array_of(ids) is not None or not _embeds(node.outputs[0]):
+            return None
+    return Embedding(table.name or "", node, table, quant)
 
 
 def _embeds(rows: ir.Value) -> bool:

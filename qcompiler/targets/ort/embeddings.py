@@ -28,7 +28,7 @@ def lower_embeddings(model: ir.Model) -> list[Note]:
     notes = []
     for found in embeddings(model):
         table = found.quant
-        if table is None or table.op_type != "DequantizeLinear":
+        if table is None or table.op_type != "DequantizeLinear" or BITS not in found.table.metadata_props:
             continue
         bits, size = int(found.table.metadata_props[BITS]), table.attributes["block_size"].as_int()
         if table not in made:

@@ -31,7 +31,8 @@ def language_model(features: int, tied: bool = True, seed: int = 0) -> ir.Model:
     rng = np.random.default_rng(seed)
     weights = {name: rng.standard_normal((ROWS, features)).astype(np.float32) for name in ("wte", "head")}
     text = f"""g (int64[B,S] ids, int64[B,S] places) => (float[B,S,{ROWS}] y) {{
-        e = Gather(wte, ids)  p = Gather(wpe, places)  h = Add(e, p)  n = LayerNormalization(h, g, b)  y = MatMul(n, w)
+        e = Gather(wte, ids)  m = qcompiler.RMSNorm<epsilon = 0.001>(e, g)
+        p = Gather(wpe, places)  s = Add(e, p)  h = Add(s, m)  n = LayerNormalization(h, g, b)  y = MatMul(n, w)
     }}"""
     head = np.ascontiguousarray(weights["wte" if tied else "head"].T)
     return tiny(text, {"wte": weights["wte"], "wpe": [5, features], "g": [features], "b": [features], "w": head})
