@@ -140,6 +140,8 @@ def run_passes(model: Any, asked: Request) -> Quantized:
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
     """The pipeline of a scheme: ``split`` and ``adaptive`` need calibration data and quantized activations."""
     quantize = "annotate,insert,fold"
+    if scheme.outlier_threshold is not None:
+        return f"split,{quantize}"
     return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 

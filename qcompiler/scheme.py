@@ -104,6 +104,8 @@ class Scheme:
         activation: spec of every Linear's input, or None for float activations.
         fallback: spec of a Linear's input at sites where the static ``activation`` does not hold, or None: never.
         head: True quantizes the output head as any Linear; False leaves it in float.
+        outlier_threshold: LLM.int8()'s rule: input channels that reach this magnitude over the calibration data stay in
+            float, at every quantized Linear. None: ``split`` takes out what lowers a site's error.
         embedding: spec of embedding tables, in groups of each row's features; None: they stay in float.
         ignore: globs over Linear names that stay in float.
     """
@@ -114,9 +116,14 @@ class Scheme:
     fallback: TensorSpec | None = None
     head: bool = True
     embedding: TensorSpec | None = None
+    outlier_threshold: float | None = None
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.outlier_threshold is not None and not self.outlier_threshold > 0:
+            raise OptionError(
+                f"scheme {self.name!r}: threshold={self.outlier_threshold} is no magnitude; the paper has 6."
+            )
         act, size = self.activation, self.weight.group_size
         if act is not None and act.group_size is not None and size is not None and size % act.group_size:
             raise OptionError(
@@ -177,6 +184,8 @@ PRESETS: Mapping[str, Scheme] = {
         Scheme("w8a8-o1", _WEIGHT, _PER_TOKEN_SYMMETRIC),
         Scheme("w8a8-o2", _WEIGHT, _PER_TENSOR_DYNAMIC),
         Scheme("w8a8-o3", _WEIGHT, _STATIC),
+        # Vector-wise int8 and a decomposition (Dettmers et al. 2022, section 3), which leave the head in float.
+        Scheme("llm-int8", _WEIGHT, _PER_TOKEN_SYMMETRIC, head=False, outlier_threshold=6.0),
         # Weights in groups (MatMulNBits): "a16" multiplies float activations, "a8" quantizes them in the same groups.
         Scheme("w8a16", _in_groups("int8"), None),
         Scheme("w4a16", _in_groups("int4"), None),
@@ -193,7 +202,7 @@ def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = ()) -> Scheme:
 
     A preset may be varied: ``"w4a16{group_size=128,symmetric=false,head=false}"``; ``group_size=none`` stands for one
     scale an output channel. ``"nf4{double_quant=false}"`` keeps the scales of blocks in float,
-    ``"w4a16{embedding=4}"`` quantizes embeddings to 4 bits as well.
+    ``"w4a16{embedding=4}"`` quantizes embeddings to 4 bits as well, ``"llm-int8{threshold=5.0}"`` sets its threshold.
 
     Raises:
         OptionError: no preset has that name, or it has no such option.
@@ -212,6 +221,7 @@ class _Variation:
     head: bool
     double_quant: bool
     embedding: int | None
+    threshold: float | None
 
 
 def _spelled(text: str) -> Scheme:
@@ -225,14 +235,14 @@ def _spelled(text: str) -> Scheme:
     if not options:
         return scheme
     weight = scheme.weight
-    if weight.granularity != "per_group" and set(options) - {"head", "embedding"}:
-        raise OptionError(f"scheme {name!r} has no groups: its options are head and embedding.")
+    _check_options(scheme, options)
     now = {
         "group_size": str(weight.group_size).lower(),
         "symmetric": str(weight.symmetric),
         "head": str(scheme.head),
         "double_quant": str(weight.double_quant),
         "embedding": "none",
+        "threshold": str(scheme.outlier_threshold).lower(),
     }
     new: _Variation = build_from_spelling("scheme", _Variation, name, {**now, **options})
     if weight.granularity == "per_group":
@@ -242,7 +252,20 @@ def _spelled(text: str) -> Scheme:
             activation=None if scheme.activation is None else _regrouped(scheme.activation, new.group_size),
         )
     embedding = None if new.embedding is None else _of_embedding(new)
-    return dataclasses.replace(scheme, name=text.replace(" ", ""), head=new.head, embedding=embedding)
+    return dataclasses.replace(
+        scheme,
+        name=text.replace(" ", ""),
+        head=new.head,
+        embedding=embedding,
+        outlier_threshold=new.threshold,
+    )
+
+
+def _check_options(scheme: Scheme, options: Mapping[str, str]) -> None:
+    if scheme.weight.granularity != "per_group" and set(options) & {"group_size", "symmetric", "double_quant"}:
+        raise OptionError(f"scheme {scheme.name!r} has no groups: its options are head and embedding.")
+    if "threshold" in options and scheme.outlier_threshold is None:
+        raise OptionError(f"scheme {scheme.name!r} has no threshold: llm-int8 keeps outlier channels in float by one.")
 
 
 def _of_embedding(new: _Variation) -> TensorSpec:

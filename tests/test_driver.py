@@ -104,8 +104,9 @@ def test_every_scheme_runs_on_every_target(scheme: str, target: str) -> None:
     got = held_out(model)
     for name, exact in reference.items():
         assert 1e-6 < error(exact, got[name]) < {8: 1e-2, 4: 0.05, 2: 2.0}[PRESETS[scheme].weight.bits]
-    assert all(row.quantized for row in model.report.rows)
-    assert [row.name for row in model.report.rows] == list(NAMES)
+    rows = [row for row in model.report.rows if not row.name.endswith(".outliers")]
+    assert {row.name for row in rows if not row.quantized} == ({"wh"} if scheme == "llm-int8" else set())
+    assert [row.name for row in rows] == list(NAMES)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a8-o1", "w8a8-o2"])

@@ -40,6 +40,9 @@ _ALPHA = 0.8  # a middling scale, for a first look
 class Split(Pass):
     """Keep a few outlier channels in float where that lowers the site's error.
 
+    Where the scheme has an ``outlier_threshold``, the paper's rule decides instead: all channels that reach it over the
+    calibration data leave, at every quantized Linear, whatever that gains.
+
     Output heads are left alone (one more addition over a vocabulary costs too much), and so are weights that several
     Linears share (each would get a copy of its own).
 
@@ -58,12 +61,16 @@ class Split(Pass):
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         if ctx.scheme.activation is None:
             return []
+        if ctx.scheme.outlier_threshold is not None:
+            return [_magnitude(linear) for linear in quantized(model, ctx.scheme)]
         return [sample_request(linear, self.rows) for linear in quantized(model, ctx.scheme)]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         notes = []
         if ctx.scheme.activation is None:
             return PassResult(False)
+        if ctx.scheme.outlier_threshold is not None:
+            return _by_threshold(model, stats, ctx.scheme.outlier_threshold, ctx)
         heads = output_heads(model)
         for group in by_input(quantized(model, ctx.scheme)):
             shared = any(len(linear.weight.uses()) > 1 for linear in group)
@@ -81,6 +88,28 @@ class Split(Pass):
                 why = f"channels {channels} in float: error falls by {10 * np.log10(fall):.1f} dB"
                 notes += [Note(linear.name, "split", why) for linear in group]
         return PassResult(bool(notes), tuple(notes))
+
+
+def _magnitude(linear: Linear) -> StatRequest:
+    return StatRequest(linear.x.name or "", "absmax", -1)
+
+
+def _by_threshold(model: ir.Model, stats: Stats, threshold: float, ctx: Context) -> PassResult:
+    """Channels that reach the threshold leave; a Linear of nothing else stays in float."""
+    notes = []
+    for group in by_input(quantized(model, ctx.scheme)):
+        absmax = stats[_magnitude(group[0])]
+        outliers = np.flatnonzero(absmax >= threshold)
+        if not len(outliers):
+            continue
+        why = f"{len(outliers)} of {len(absmax)} channels reach {threshold:g} and stay in float"
+        if len(outliers) == len(absmax):
+            for linear in group:
+                keep_float(linear.matmul, f"all {len(absmax)} channels of its input reach {threshold:g}")
+        else:
+            _split(model.graph, group, outliers)
+            notes += [Note(linear.name, "split", why) for linear in group]
+    return PassResult(bool(notes), tuple(notes))
 
 
 def _fall(site: Reader, rest: Reader, alphas: Sequence[float], ctx: Context) -> float:

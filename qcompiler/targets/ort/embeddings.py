@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,7 +23,7 @@ def lower_embeddings(model: ir.Model) -> list[Note]:
     """Replace every Gather of a folded table, in place, and say of each table what became of it.
 
     Where a MatMulNBits (so: after ``lower_blocks``) has the very same numbers, scales and zero points, the table is a
-    Reshape of its weight, and the file has both once.
+    Reshape of its weight, which ONNX Runtime computes when it loads the model: the file has both once.
     """
     made: dict[ir.Node, list[ir.Value | None]] = {}
     notes = []
@@ -52,11 +53,10 @@ def _operands(
     low = -(1 << (bits - 1)) if str(found.table.dtype).startswith("INT") else 0
     data, zeros = (pack((a.astype(np.int16) - low).astype(np.uint8), bits) for a in (q, zero_point))
     symmetric = bool((zero_point.astype(np.int16) - low == 1 << (bits - 1)).all())
+    wanted = [data, scale, None if symmetric else zeros]
     for node, operands in _products(graph, bits, size):
-        if _equal(operands, [data, scale, None if symmetric else zeros]):
-            shape = add_initializer(graph, f"{found.name}.shape", np.array(data.shape, np.int64))
-            flat = insert_node(graph, found.gather, "Reshape", [operands[0], shape], name=f"{found.name}.rows")
-            return [flat.outputs[0], *operands[1:]], node.name or ""
+        if _equal(operands, wanted):
+            return [_rows(graph, found, operands[0], data.shape), *operands[1:]], node.name or ""
     base = found.name.removesuffix("_quantized")
     return [
         add_initializer(graph, f"{base}_rows", data),
@@ -74,17 +74,33 @@ def _products(graph: ir.Graph, bits: int, size: int) -> Iterator[tuple[ir.Node, 
 
 
 def _equal(operands: list[ir.Value | None], wanted: list[npt.NDArray[np.generic] | None]) -> bool:
-    """Whether a product's constants are a table's but for their shape."""
+    """Whether a product's constants are a table's, but for their shape and what fills up the last block of a row."""
     for value, array in zip(operands, wanted, strict=True):
-        if value is None or array is None:
-            if value is not None or array is not None:
+        held = array_of(value)
+        if held is None or array is None:
+            if held is not None or array is not None:
                 return False
             continue
-        if value.const_value is None or value.const_value.size != array.size:
-            return False
-        if not np.array_equal(value.const_value.numpy().reshape(array.shape), array):
+        if len(held) != len(array) or not np.array_equal(held.reshape(len(array), -1)[:, : array.shape[1]], array):
             return False
     return True
+
+
+def _rows(graph: ir.Graph, found: Embedding, weight: ir.Value | None, shape: tuple[int, ...]) -> ir.Value:
+    """A product's weight [rows, blocks, bytes] as the table [rows, bytes], without what fills up the last block."""
+
+    def constant(suffix: str, *numbers: int) -> ir.Value:
+        return add_initializer(graph, f"{found.name}.{suffix}", np.array(numbers, np.int64))
+
+    assert weight is not None
+    assert weight.shape is not None
+    name = f"{found.name}.rows"
+    inputs = [weight, constant("shape", shape[0], -1)]
+    flat = insert_node(graph, found.gather, "Reshape", inputs, name=name).outputs[0]
+    if math.prod(weight.shape.numpy()) == math.prod(shape):
+        return flat
+    inputs = [flat, constant("start", 0), constant("bytes", shape[1]), constant("axis", 1)]
+    return insert_node(graph, found.gather, "Slice", inputs, name=f"{name}.filled").outputs[0]
 
 
 def _gather(model: ir.Model, old: ir.Node, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
