@@ -105,11 +105,12 @@ def columns(length: Any, lanes: int, body: Callable[[Any, int], None]) -> None:
 
 
 def horizontal(buffer: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
-    """All ``lanes`` numbers of a local vector combined to one."""
-    value = buffer[0]
-    for lane in range(1, lanes):
-        value = combine(value, buffer[lane])
-    return value
+    """All ``lanes`` numbers of a local vector combined to its first one, by halves; the others are spent."""
+    half = lanes // 2
+    while half:
+        store(buffer, [at(0, half)], combine(buffer[at(0, half)], buffer[at(half, half)]))
+        half //= 2
+    return buffer[0]
 
 
 def row_tiles(count: Any, height: int, body: Callable[[Any, int], None]) -> None:

@@ -13,6 +13,7 @@ adds them to ``lanes`` int32 sums. All are exact:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ _VPDPBUSD = {8: "llvm.x86.avx512.vpdpbusd.256", 16: "llvm.x86.avx512.vpdpbusd.51
 
 FEATURES = ("sse4.2", "avx", "avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvnni")
 """What tells processors apart here, as LLVM calls it."""
+
+QUAD = 4
+"""Neighbouring values of K that a dot with unsigned weights takes."""
 
 DOTS = ("vnni", "maddubs", "maddwd", "plain")
 
@@ -94,6 +98,47 @@ class Isa:
         high = T.cast(T.Shuffle([wide], list(range(1, 2 * lanes, 2))), f"int32x{lanes}")
         first, second = (activation << 16) >> 16, activation >> 16
         return sums + T.broadcast(first, lanes) * low + T.broadcast(second, lanes) * high
+
+
+    def multiply_add_unsigned(self, sums: Any, activation: Any, weights: Any, bits: int) -> Any:
+        """The dot of signed activations with unsigned weights, four at a time whatever the processor.
+
+        Args:
+            sums: int32 x lanes.
+            activation: four int8, -127 … 127, as one int32.
+            weights: uint8 x (lanes * 4), below 2^bits.
+            bits: of a weight.
+        """
+        lanes = self.lanes
+        if self.dot == "plain":
+            return _plain_dot(sums, activation, weights, lanes)
+        bytes_ = T.reinterpret(T.broadcast(activation, lanes), dtype=f"int8x{QUAD * lanes}")
+        if self.dot == "vnni":
+            return _intrinsic(_VPDPBUSD[lanes], f"int32x{lanes}", sums, weights, bytes_)
+        # Two products of at most 15 · 127 fit 16 bits; those of 8 bits are taken by halves.
+        for half in range(1 if bits <= 4 else 2):
+            part = weights
+            if bits > 4:
+                count = QUAD * lanes
+                four, low = (T.broadcast(tirx.const(number, "uint8"), count) for number in (4, 15))
+                part = weights >> four if half else weights & low
+            pairs = _intrinsic(_MADDUBS[lanes], f"int16x{2 * lanes}", part, bytes_)
+            ones = T.broadcast(tirx.const(16 if half else 1, "int16"), 2 * lanes)
+            sums = sums + _intrinsic(_MADDWD[lanes], f"int32x{lanes}", pairs, ones)
+        return sums
+
+    def look_up(self, table: Sequence[float], index: Any) -> Any:
+        """table[index & 15] in each lane: sixteen floats in one AVX-512 register, whatever else is in the index."""
+        values = T.Shuffle([tirx.const(np.float32(v), "float32") for v in table], list(range(self.lanes)))
+        return _intrinsic("llvm.x86.avx512.permvar.sf.512", "float32x16", values, index)
+
+
+def _plain_dot(sums: Any, activation: Any, weights: Any, lanes: int) -> Any:
+    for place in range(QUAD):
+        column = T.cast(T.Shuffle([weights], list(range(place, QUAD * lanes, QUAD))), f"int32x{lanes}")
+        value = (activation << (24 - 8 * place)) >> 24
+        sums = sums + T.broadcast(value, lanes) * column
+    return sums
 
 
 def _intrinsic(name: str, dtype: str, *arguments: Any) -> Any:
