@@ -14,9 +14,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompiler.core import Capability, Executable, Kernel, TargetError
-from qcompiler.targets.base import Coverage, Lowered, Target, coverage_of
-
-KERNEL = "int8 GEMM"
+from qcompiler.targets.base import Coverage, Lowered, Target, block_kernels, coverage_of
+from qcompiler.targets.tvm.kernels import BY_GROUP, FLOAT, FLOAT_BY_GROUP, INT8, INTEGERS
 
 TIMES = {
     ("per_tensor", False): (1734.0, 6943.9, 7379.4, 32659.8, 59066.4),
@@ -25,6 +24,8 @@ TIMES = {
 }
 """Microseconds of quantizing 1024 rows and multiplying them, for each of :data:`SHAPES`: one thread's CPU time, AVX2
 (znver3, maddubs). A scale for each token costs next to nothing here, whatever the processor."""
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
 SHAPES = ((384, 384), (384, 1536), (1536, 384), (768, 3072), (2048, 2048))
 
 
@@ -48,15 +49,18 @@ class TvmLlvm(Target):
         os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
 
     def capability(self) -> Capability:
-        """Static per-tensor, dynamic per-tensor and dynamic per-token activations; weights by channel or by tensor."""
+        """int8 weights with static or dynamic activations; weights of 2, 4 and 8 bits by group with int8 or float ones."""
         from qcompiler.targets.tvm.isa import detect
 
         kernels = [
-            Kernel(KERNEL, "int8", weight, dtype, granularity, dynamic, None, times=_times(granularity, dynamic))
+            Kernel(INT8, "int8", weight, dtype, granularity, dynamic, None, times=_times(granularity, dynamic))
             for weight in ("per_channel", "per_tensor")
             for dtype in ("uint8", "int8")
             for granularity, dynamic in (("per_tensor", False), ("per_tensor", True), ("per_token", True))
         ]
+        sizes = dict.fromkeys((2, 4, 8), GROUP_SIZES)
+        kernels += block_kernels(FLOAT_BY_GROUP, ("float", "", False), sizes)
+        kernels += block_kernels(BY_GROUP, ("int8", "per_group", True), sizes)
         narrow = detect(self.cpu).dot == "maddwd" and not self.full_range
         return Capability(self.name, tuple(kernels), reduce_range=narrow)
 
@@ -71,12 +75,17 @@ class TvmLlvm(Target):
         from qcompiler.targets.tvm.isa import detect
 
         emitted = emit(model, detect(self.cpu))
-        nodes = {name: name for name, kind in emitted.nodes.items() if kind == "int8"}
+        nodes = {name: kernel for name, kernel in emitted.nodes.items() if kernel != FLOAT}
         return Lowered(nodes, emitted.notes, build(model, emitted))
 
     def coverage(self, model: ir.Model, lowered: Lowered, canonical: ir.Model) -> Coverage:
         """What the emitted module multiplies in integers: nothing rewrites it afterwards."""
-        return coverage_of(canonical, lambda name: (KERNEL, True) if name in lowered.nodes else ("float GEMM", False))
+
+        def kernel(name: str) -> tuple[str, bool]:
+            found = lowered.nodes.get(name, FLOAT)
+            return found, found in INTEGERS
+
+        return coverage_of(canonical, kernel)
 
     def load(self, folder: Path) -> Executable:
         """The library in a saved folder.

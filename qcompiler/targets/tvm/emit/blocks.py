@@ -13,7 +13,16 @@ from tvm import tirx
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.dims import Dim, Size, product
 from qcompiler.targets.tvm.emit.elementwise import broadcast, element
-from qcompiler.targets.tvm.emit.linears import GRANULARITY, Integers, padded, static_steps, steps_tensor, zero_of_rows
+from qcompiler.targets.tvm.emit.linears import (
+    GRANULARITY,
+    Integers,
+    group_size_of,
+    grouped_outputs,
+    padded,
+    static_steps,
+    steps_tensor,
+    zero_of_rows,
+)
 from qcompiler.targets.tvm.emit.movement import expand, transpose
 from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
 from qcompiler.targets.tvm.kernels.attention import Attention
@@ -35,7 +44,7 @@ def norm(
         builder: where to.
         node: LayerNormalization or RMSNorm.
         operands: x, weight and bias.
-        quant: a static or per-token fake-quant, or None.
+        quant: a fake-quant that is static, per token or per group, or None.
         multiplier: what the value is multiplied by before that, or None.
     """
     x, weight, bias = operands
@@ -52,11 +61,15 @@ def norm(
         granularity,
         multiplier is not None,
         128 if quant is None else zero_of_rows(quant),
+        0 if quant is None else group_size_of(quant),
     )
     inputs = [rows, weight, *(tensor for tensor in (bias, multiplier) if tensor is not None)]
     outputs: list[tuple[Sequence[Size], str]] = [((m, count), "float32")]
     if quant is None:
         return builder.view(builder.call(kernel, inputs, outputs)[0], x.sizes), None
+    if granularity == "group":
+        y, q, x_scale, x_sum = builder.call(kernel, inputs, [*outputs, *grouped_outputs(m, count, kernel.group_size)])
+        return builder.view(y, x.sizes), Integers(q, x.sizes, granularity, x_scale=x_scale, x_sum=x_sum)
     outputs.append(((m, padded(count, isa)), isa.activation))
     if granularity == "static":
         inputs.append(steps_tensor(builder, quant))

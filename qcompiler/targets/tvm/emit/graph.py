@@ -22,9 +22,11 @@ from qcompiler.targets.tvm.emit import blocks, elementwise, movement, reductions
 from qcompiler.targets.tvm.emit import linears as products
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.dims import Size, symbol
+from qcompiler.targets.tvm.emit.choice import emit_linear, kernel_note, kernel_of
 from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan, smoothing_of
 from qcompiler.targets.tvm.emit.numbers import Numbers, compute, is_open
 from qcompiler.targets.tvm.isa import Isa, fits_maddubs, with_narrow_weights
+from qcompiler.targets.tvm.kernels import FLOAT, INTEGERS
 
 AXES = ("batch", "sequence")
 TYPES = ("float32", "int64", "int32", "bool", "int8", "uint8")
@@ -38,7 +40,7 @@ class Emitted:
         module: with one function, ``main(inputs, constants)``, whose result is a tuple of the outputs.
         constants: by name, in the order of the parameters.
         limits: open sizes, as polynomials over axes, that must not grow beyond a number.
-        nodes: name of each Linear -> "int8" or "float".
+        nodes: name of each Linear -> the kernel that computes it, one of :data:`qcompiler.targets.tvm.kernels.LINEAR`.
         notes: what became of each Linear.
         isa: what the kernels were made for.
     """
@@ -88,7 +90,7 @@ class _Emitter:
         self.integers: dict[ir.Node, products.Integers] = {}
         self.notes: list[Note] = []
         self.nodes: dict[str, str] = {}
-        self.products = {linear.matmul for linear in linears(model) if products.refusal(linear) is None}
+        self.products = {linear.matmul for linear in linears(model) if kernel_of(linear) in INTEGERS}
         weight_quants = {linear.weight_quant for linear in linears(model)}
         fused = plan(model, self.facts, isa.group)
         self.smoothed = {
@@ -261,7 +263,7 @@ class _Emitter:
         behind = {product: quant for quant, (product, _, _) in self.smoothed.items()}
         for reader in users(value):
             quant = behind.get(reader, reader)
-            if is_static(quant) or is_call(quant, "FakeQuantPerToken"):
+            if is_static(quant) or is_call(quant, "FakeQuantPerToken", "FakeQuantPerGroup"):
                 yield quant
 
     def _norm(self, node: ir.Node) -> Tensor:
@@ -309,26 +311,27 @@ class _Emitter:
         return y
 
     def _linear(self, fused: Fused) -> None:
-        linear = fused.linear
-        reason = products.refusal(linear)
+        linear, builder = fused.linear, self.builder
         bias = self.constant(linear.bias) if linear.bias is not None else None
         residuals = [self.tensor(value) for value in fused.residuals]
-        if reason is None:
+        kernel, weight = kernel_of(linear), None
+        x: products.Integers | Tensor
+        if kernel in INTEGERS:
             assert linear.activation_quant is not None
             x = self.integers[linear.activation_quant]
-            y, m = products.emit_int8(self.builder, fused, x, bias, residuals), x.sizes
         else:
+            x = self.tensor(linear.matmul.inputs[0])
+        if kernel == FLOAT:
             weight = self.constant(linear.matmul.inputs[1])
             assert weight is not None
-            source = self.tensor(linear.matmul.inputs[0])
-            y, m = products.emit_float(self.builder, fused, source, weight, bias, residuals), source.sizes
-        self.nodes[linear.name] = "int8" if reason is None else "float"
-        self.notes.append(products.kernel_note(fused, reason, self.builder.isa))
+        y = emit_linear(builder, fused, x, weight, bias, residuals)
+        self.nodes[linear.name] = kernel
+        self.notes.append(kernel_note(fused, kernel))
         if fused.requantize is None:
             self.values[fused.output] = y
         else:
             steps = products.static_steps(fused.requantize)
-            self.integers[fused.requantize] = products.Integers(y, (*m[:-1], linear.out_features), "static", *steps)
+            self.integers[fused.requantize] = products.Integers(y, (*x.sizes[:-1], linear.out_features), "static", *steps)
             if any(reader not in self.products for reader in users(fused.requantize.outputs[0])):
                 self.values[fused.requantize.outputs[0]] = products.restored(
                     self.builder, self.integers[fused.requantize]

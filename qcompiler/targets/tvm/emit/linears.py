@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.core import Note
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear
@@ -22,6 +21,7 @@ from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
 from qcompiler.targets.tvm.kernels.epilogue import Epilogue
 from qcompiler.targets.tvm.kernels.quantize import Quantize
+from qcompiler.targets.tvm.kernels.quantize_groups import QuantizeGroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Integers:
     Attributes:
         values: [m, padded K].
         sizes: the shape of the float value.
-        scales: "static", "tensor" or "row", as :class:`qcompiler.targets.tvm.kernels.gemm_int8.GemmInt8` has it.
+        scales: "static", "tensor" or "row", as :class:`qcompiler.targets.tvm.kernels.gemm_int8.GemmInt8` has it; or
+            "group", as :class:`qcompiler.targets.tvm.kernels.quantize_groups.QuantizeGroups` gives it.
         scale, zero_point: where they are static.
         x_scale, x_zero: tensors where they are not.
+        x_sum: the tensor Σ values of each group, in the place of a zero point.
     """
 
     values: Tensor
@@ -43,9 +45,10 @@ class Integers:
     zero_point: int = 0
     x_scale: Tensor | None = None
     x_zero: Tensor | None = None
+    x_sum: Tensor | None = None
 
 
-GRANULARITY = {"FakeQuant": "static", "FakeQuantPerTensor": "tensor", "FakeQuantPerToken": "row"}
+GRANULARITY = {"FakeQuant": "static", "FakeQuantPerTensor": "tensor", "FakeQuantPerToken": "row", "FakeQuantPerGroup": "group"}
 
 
 def padded(features: Size, isa: Isa) -> int:
@@ -68,6 +71,17 @@ def zero_of_rows(quant: ir.Node) -> int:
     return round(zero_point_of_rows(quant)) if is_call(quant, "FakeQuantPerToken") else 128
 
 
+def group_size_of(quant: ir.Node) -> int:
+    """Inputs that share a scale of a per-group fake-quant; 0 for the others."""
+    return quant.attributes["block_size"].as_int() if is_call(quant, "FakeQuantPerGroup") else 0
+
+
+def grouped_outputs(m: Size, count: int, group_size: int) -> list[tuple[Sequence[Size], str]]:
+    """Shapes and types of values, x_scale and x_sum of an input quantized by group."""
+    groups = -(-count // group_size)
+    return [((m, groups * group_size), "int8"), ((m, groups), "float32"), ((m, groups), "int32")]
+
+
 def steps_tensor(builder: Builder, quant: ir.Node) -> Tensor:
     """Scale and zero point as the kernels' argument."""
     name = f"{quant.inputs[1].name if quant.inputs[1] else ''}.steps"
@@ -79,6 +93,12 @@ def quantize(builder: Builder, quant: ir.Node, x: Tensor, multiplier: Tensor | N
     rows, granularity = builder.rows(x), GRANULARITY[quant.op_type]
     (m, count), isa = rows.sizes, builder.isa
     assert isinstance(count, int)
+    if granularity == "group":
+        group_size = group_size_of(quant)
+        grouped = QuantizeGroups(count, group_size, multiplier is not None)
+        arguments = [rows, *([multiplier] if multiplier is not None else [])]
+        q, x_scale, x_sum = builder.call(grouped, arguments, grouped_outputs(m, count, group_size))
+        return Integers(q, x.sizes, granularity, x_scale=x_scale, x_sum=x_sum)
     kernel = Quantize(count, granularity, multiplier is not None, zero_of_rows(quant))
     inputs = [rows, *([multiplier] if multiplier is not None else [])]
     values = ((m, padded(count, isa)), isa.activation)
@@ -93,10 +113,13 @@ def quantize(builder: Builder, quant: ir.Node, x: Tensor, multiplier: Tensor | N
 def restored(builder: Builder, x: Integers) -> Tensor:
     """scale · (q - zero_point) in float: for what reads a fake-quant and is no 8-bit Linear."""
     count = x.sizes[-1]
+    group_size = _size_of_groups(x)
     tensors = [x.values, *(t for t in (x.x_scale, x.x_zero) if t is not None)]
 
     def body(buffers: Any, index: Any) -> Any:
         steps = buffers[0][tuple(index)].astype("float32")
+        if x.scales == "group":
+            return steps * buffers[1][index[0], index[1] // group_size]
         if x.scales == "static":
             return (steps - f32(x.zero_point)) * f32(x.scale)
         which = index[0] if x.scales == "row" else 0
@@ -104,6 +127,16 @@ def restored(builder: Builder, x: Integers) -> Tensor:
 
     rows = builder.compute("restored", (x.values.sizes[0], count), "float32", tensors, body)
     return builder.view(rows, x.sizes)
+
+
+def _size_of_groups(x: Integers) -> int:
+    """Inputs that share a scale where they do so by group; else 1."""
+    if x.scales != "group" or x.x_scale is None:
+        return 1
+    whole, groups = x.values.sizes[-1], x.x_scale.sizes[-1]
+    assert isinstance(whole, int)
+    assert isinstance(groups, int)
+    return whole // groups
 
 
 def refusal(linear: Linear) -> str | None:
@@ -125,6 +158,8 @@ def refusal(linear: Linear) -> str | None:
         return "its input is float"
     if is_call(quant, "FakeQuant") and not is_static(quant):
         return "its input has more than one static scale"
+    if is_call(quant, "FakeQuantPerGroup"):
+        return "its input has scales by group"
     return None
 
 
@@ -147,9 +182,9 @@ def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residuals:
     for suffix, vector in (("offset", offset), ("scale", scale)):
         inputs.append(builder.constant(f"{linear.name}.{suffix}", gemm_int8.pad_columns(vector, isa)))
     inputs += [tensor for tensor in (x.x_scale, x.x_zero) if tensor is not None]
-    epilogue = _epilogue(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
+    epilogue = epilogue_of(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
     kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales, epilogue)
-    return _call(builder, kernel, inputs, x.values.sizes[0], (*x.sizes[:-1], linear.out_features))
+    return emit_call(builder, kernel, inputs, x.values.sizes[0], (*x.sizes[:-1], linear.out_features))
 
 
 def emit_float(
@@ -160,12 +195,12 @@ def emit_float(
     rows = builder.rows(x)
     name = linear.weight.name or linear.name
     inputs = [rows, builder.constant(f"{name}.float", gemm_f32.pack(weight, isa))]
-    epilogue = _epilogue(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
+    epilogue = epilogue_of(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
     kernel = gemm_f32.GemmF32(linear.in_features, linear.out_features, epilogue)
-    return _call(builder, kernel, inputs, rows.sizes[0], (*x.sizes[:-1], linear.out_features))
+    return emit_call(builder, kernel, inputs, rows.sizes[0], (*x.sizes[:-1], linear.out_features))
 
 
-def _epilogue(
+def epilogue_of(
     builder: Builder, fused: Fused, bias: Any, residuals: Sequence[Tensor], inputs: list[Tensor], pad: Any
 ) -> Epilogue:
     """The epilogue, its arguments appended to ``inputs``."""
@@ -177,18 +212,8 @@ def _epilogue(
     return Epilogue(bias is not None, fused.activation, len(residuals), fused.late, fused.requantize is not None)
 
 
-def _call(builder: Builder, kernel: Any, inputs: list[Tensor], m: Size, sizes: tuple[Size, ...]) -> Tensor:
+def emit_call(builder: Builder, kernel: Any, inputs: list[Tensor], m: Size, sizes: tuple[Size, ...]) -> Tensor:
+    """Call the kernel of a Linear on m rows; the result has these sizes, or is [m, N] integers."""
     dtype = kernel.epilogue.dtype(builder.isa.activation)
     (y,) = builder.call(kernel, inputs, [((m, sizes[-1]), dtype)])
     return y if kernel.epilogue.quantized else builder.view(y, sizes)
-
-
-def kernel_note(fused: Fused, reason: str | None, isa: Isa) -> Note:
-    """What became of a Linear, for the report."""
-    after = ["residual"] * len(fused.residuals)
-    if fused.activation:
-        after.insert(len(after) if fused.late else 0, fused.activation)
-    if fused.requantize is not None:
-        after.append("quantize")
-    what = f"int8 GEMM ({isa.dot})" if reason is None else "float GEMM"
-    return Note(fused.linear.name, what, reason or f"fused: {', '.join(['dequantize', *after])}")

@@ -11,6 +11,7 @@ from qcompiler.targets.tvm.builder import at, columns, f32, horizontal, kernel_n
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import STEPS
 from qcompiler.targets.tvm.kernels.quantize import dynamic_row, smoothed, static_row
+from qcompiler.targets.tvm.kernels.quantize_groups import group_arguments, grouped_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Norm:
         zero_point: of rows that are quantized by their own scales.
         quantized: "": (x, weight, [bias], y). "static": (x, weight, [bias], [multiplier], steps, y, q). "row": (x,
             weight, [bias], [multiplier], y, q, x_scale, x_zero), as
-            :class:`qcompiler.targets.tvm.kernels.quantize.Quantize` gives them.
+            :class:`qcompiler.targets.tvm.kernels.quantize.Quantize` gives them. "group": (x, weight, [bias],
+            [multiplier], y, q, x_scale, x_sum), as
+            :class:`qcompiler.targets.tvm.kernels.quantize_groups.QuantizeGroups` gives them.
+        group_size: where quantized is "group".
     """
 
     features: int
@@ -36,6 +40,7 @@ class Norm:
     quantized: str = ""
     smoothed: bool = False
     zero_point: int = 128
+    group_size: int = 0
 
     def build(self, isa: Isa, name: str) -> Any:
         """The PrimFunc; x and y are [m, features]."""
@@ -48,7 +53,9 @@ class Norm:
             multiplier = kernel.argument("multiplier", (count,)) if self.smoothed else None
             steps = kernel.argument("steps", STEPS) if self.quantized == "static" else None
             y = kernel.argument("y", (m, count))
-            if self.quantized:
+            if self.quantized == "group":
+                grouped = group_arguments(kernel, m, count, self.group_size)
+            elif self.quantized:
                 q = kernel.argument("q", (m, padded), isa.activation)
             if self.quantized == "row":
                 x_scale = kernel.argument("x_scale", (m,))
@@ -59,6 +66,8 @@ class Norm:
                     static_row(smoothed(y, multiplier), row, q, count, padded, steps, isa)
                 elif self.quantized == "row":
                     dynamic_row(smoothed(y, multiplier), row, q, count, padded, x_scale, x_zero, self.zero_point, isa)
+                elif self.quantized == "group":
+                    grouped_row(smoothed(y, multiplier), row, grouped, count, self.group_size, isa)
         return kernel.function
 
     def _row(self, isa: Isa, row: Any, x: Any, weight: Any, bias: Any, y: Any) -> None:

@@ -11,6 +11,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.targets.tvm.builder import (
+    Kernel,
     at,
     cast,
     columns,
@@ -47,16 +48,23 @@ class QuantizeGroups:
     def build(self, isa: Isa, name: str) -> Any:
         """The PrimFunc."""
         m, count = size("m"), self.in_features
-        groups = -(-count // self.group_size)
         with kernel_named(name) as kernel:
             buffer = kernel.argument("x", (m, count))
             x = smoothed(buffer, kernel.argument("multiplier", (count,)) if self.smoothed else None)
-            q = kernel.argument("q", (m, groups * self.group_size), "int8")
-            x_scale = kernel.argument("x_scale", (m, groups))
-            x_sum = kernel.argument("x_sum", (m, groups), "int32")
+            results = group_arguments(kernel, m, count, self.group_size)
             with T.parallel(0, m) as row:
-                grouped_row(x, row, (q, x_scale, x_sum), count, self.group_size, isa)
+                grouped_row(x, row, results, count, self.group_size, isa)
         return kernel.function
+
+
+def group_arguments(kernel: Kernel, m: Any, count: int, group_size: int) -> tuple[Any, Any, Any]:
+    """q, x_scale and x_sum of m rows of ``count`` inputs."""
+    groups = -(-count // group_size)
+    return (
+        kernel.argument("q", (m, groups * group_size), "int8"),
+        kernel.argument("x_scale", (m, groups)),
+        kernel.argument("x_sum", (m, groups), "int32"),
+    )
 
 
 def grouped_row(x: Load, row: Any, results: tuple[Any, Any, Any], count: int, group_size: int, isa: Isa) -> None:
