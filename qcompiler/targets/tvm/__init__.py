@@ -49,7 +49,7 @@ class TvmLlvm(Target):
         os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
 
     def capability(self) -> Capability:
-        """int8 weights with static or dynamic activations; weights of 2, 4 and 8 bits by group with int8 or float ones."""
+        """int8 weights with static or dynamic inputs; weights of 2, 4 and 8 bits by group with int8 or float ones."""
         from qcompiler.targets.tvm.isa import detect
 
         kernels = [

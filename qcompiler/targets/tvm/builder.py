@@ -47,8 +47,12 @@ def size(name: str) -> Any:
 
 
 def local(count: Any, dtype: str = "float32") -> Any:
-    """A small array that LLVM keeps in registers where it is indexed by constants."""
-    return T.alloc_buffer((count,), dtype, scope="local")
+    """A small array that LLVM keeps in registers where it is indexed by constants.
+
+    (On a CPU, TVM puts less than 1024 bytes of scope "global" on the stack; the rest, and scope "local", comes from a
+    pool, at a cost that a product of one row feels.)
+    """
+    return T.alloc_buffer((count,), dtype)
 
 
 def f32(number: float, lanes: int = 1) -> Any:

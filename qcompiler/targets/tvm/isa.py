@@ -99,7 +99,6 @@ class Isa:
         first, second = (activation << 16) >> 16, activation >> 16
         return sums + T.broadcast(first, lanes) * low + T.broadcast(second, lanes) * high
 
-
     def multiply_add_unsigned(self, sums: Any, activation: Any, weights: Any, bits: int) -> Any:
         """The dot of signed activations with unsigned weights, four at a time whatever the processor.
 

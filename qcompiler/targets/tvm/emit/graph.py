@@ -21,8 +21,8 @@ from qcompiler.targets.ort.heads import merged_output, trace
 from qcompiler.targets.tvm.emit import blocks, elementwise, movement, reductions
 from qcompiler.targets.tvm.emit import linears as products
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
-from qcompiler.targets.tvm.emit.dims import Size, symbol
 from qcompiler.targets.tvm.emit.choice import emit_linear, kernel_note, kernel_of
+from qcompiler.targets.tvm.emit.dims import Size, symbol
 from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan, smoothing_of
 from qcompiler.targets.tvm.emit.numbers import Numbers, compute, is_open
 from qcompiler.targets.tvm.isa import Isa, fits_maddubs, with_narrow_weights
@@ -331,7 +331,9 @@ class _Emitter:
             self.values[fused.output] = y
         else:
             steps = products.static_steps(fused.requantize)
-            self.integers[fused.requantize] = products.Integers(y, (*x.sizes[:-1], linear.out_features), "static", *steps)
+            self.integers[fused.requantize] = products.Integers(
+                y, (*x.sizes[:-1], linear.out_features), "static", *steps
+            )
             if any(reader not in self.products for reader in users(fused.requantize.outputs[0])):
                 self.values[fused.requantize.outputs[0]] = products.restored(
                     self.builder, self.integers[fused.requantize]

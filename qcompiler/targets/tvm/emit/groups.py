@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear
 from qcompiler.graph.weights import folded_grid
 from qcompiler.targets.ort.nbits import Blocks, blocks_of
@@ -33,9 +32,7 @@ def group_size_for(linear: Linear) -> int | None:
     return size if size and size % MULTIPLE == 0 and (grid.group_size or size) % size == 0 else None
 
 
-def emit_groups(
-    builder: Builder, fused: Fused, x: Integers | Tensor, bias: Any, residuals: Sequence[Tensor]
-) -> Tensor:
+def emit_groups(builder: Builder, fused: Fused, x: Integers | Tensor, bias: Any, residuals: Sequence[Tensor]) -> Tensor:
     """The product of x, which is quantized in the groups of :func:`group_size_for`, or float."""
     linear, isa, blocks = fused.linear, builder.isa, _blocks(fused.linear)
     size, bits = blocks.group_size, blocks.bits

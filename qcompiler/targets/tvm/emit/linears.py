@@ -48,7 +48,12 @@ class Integers:
     x_sum: Tensor | None = None
 
 
-GRANULARITY = {"FakeQuant": "static", "FakeQuantPerTensor": "tensor", "FakeQuantPerToken": "row", "FakeQuantPerGroup": "group"}
+GRANULARITY = {
+    "FakeQuant": "static",
+    "FakeQuantPerTensor": "tensor",
+    "FakeQuantPerToken": "row",
+    "FakeQuantPerGroup": "group",
+}
 
 
 def padded(features: Size, isa: Isa) -> int:

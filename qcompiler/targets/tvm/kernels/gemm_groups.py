@@ -17,7 +17,7 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.targets.tvm.builder import at, cast, i32, kernel_named, local, size, spread, store, zeros
+from qcompiler.targets.tvm.builder import at, cast, kernel_named, local, size, spread, store, zeros
 from qcompiler.targets.tvm.isa import QUAD, Isa
 from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, Finisher
 from qcompiler.targets.tvm.kernels.gemm_int8 import blocked
@@ -27,7 +27,7 @@ VECTORS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class GemmGroups:
+class ByGroup:
     """One shape of Linear.
 
     Attributes:
@@ -49,6 +49,10 @@ class GemmGroups:
     def groups(self) -> int:
         """How many there are along K."""
         return -(-self.in_features // self.group_size)
+
+
+class GemmGroups(ByGroup):
+    """Integer products of one shape of Linear."""
 
     @property
     def step(self) -> int:
@@ -76,7 +80,7 @@ def width(isa: Isa) -> int:
 
 def pack(q: npt.NDArray[Any], group_size: int, bits: int, isa: Isa) -> npt.NDArray[np.uint8]:
     """Unsigned [K, N] to panels [⌈N / width⌉, padded K / step, vectors, lanes · 4]; the padding is zero."""
-    gemm = GemmGroups(*q.shape, group_size, bits)
+    gemm = GemmGroups(q.shape[0], q.shape[1], group_size, bits)
     rows, panels, per = gemm.groups * group_size, -(-q.shape[1] // width(isa)), 8 // bits
     whole = np.zeros((rows, panels * width(isa)), np.uint8)
     whole[: q.shape[0], : q.shape[1]] = q
@@ -153,19 +157,19 @@ class _Builder:
 
     def _tile(self, panel: Any, row: Any, height: int) -> None:
         lanes = self.isa.lanes
-        total = zeros(height * VECTORS, lanes)
-        places = [(r, j, at((r * VECTORS + j) * lanes, lanes)) for r in range(height) for j in range(VECTORS)]
+        total = [zeros(VECTORS, lanes) for _ in range(height)]
+        places = [(r, j, at(j * lanes, lanes)) for r in range(height) for j in range(VECTORS)]
         with T.serial(0, self.gemm.groups) as group:
-            sums = local(height * VECTORS * lanes, "int32")
+            sums = [local(VECTORS * lanes, "int32") for _ in range(height)]
             for r, j, here in places:
-                store(sums, [here], self._start(panel, row + r, group, j))
+                store(sums[r], [here], self._start(panel, row + r, group, j))
             with T.serial(0, self.steps) as step:
                 self._dots(panel, row, group * self.steps + step, sums, height)
-            for r, j, here in places:
-                factor = self.scale[panel, group, at(j * lanes, lanes)] * spread(self.x_scale[row + r, group], lanes)
-                store(total, [here], total[here] + cast(sums[here], "float32") * factor)
+            for r, _, here in places:
+                factor = self.scale[panel, group, here] * spread(self.x_scale[row + r, group], lanes)
+                store(total[r], [here], total[r][here] + cast(sums[r][here], "float32") * factor)
         for r, j, here in places:
-            self.finisher.write(row + r, (panel * VECTORS + j) * lanes, total[here])
+            self.finisher.write(row + r, (panel * VECTORS + j) * lanes, total[r][here])
 
     def _start(self, panel: Any, row: Any, group: Any, vector: int) -> Any:
         """-z · Σ x."""
@@ -175,7 +179,7 @@ class _Builder:
         zero = cast(self.zero[panel, group, at(vector * lanes, lanes)], "int32")
         return zero * spread(tirx.const(0, "int32") - x_sum, lanes)
 
-    def _dots(self, panel: Any, row: Any, step: Any, sums: Any, height: int) -> None:
+    def _dots(self, panel: Any, row: Any, step: Any, sums: list[Any], height: int) -> None:
         gemm, isa, lanes = self.gemm, self.isa, self.isa.lanes
         packed = [self.weight[panel, step, j, at(0, lanes * QUAD)] for j in range(VECTORS)]
         for part in range(8 // gemm.bits):
@@ -183,8 +187,9 @@ class _Builder:
             for r in range(height):
                 values = T.reinterpret(self.x[row + r, at(step * gemm.step + part * QUAD, QUAD)], dtype="int32")
                 for j in range(VECTORS):
-                    here = at((r * VECTORS + j) * lanes, lanes)
-                    store(sums, [here], isa.multiply_add_unsigned(sums[here], values, weights[j], gemm.bits))
+                    here = at(j * lanes, lanes)
+                    dot = isa.multiply_add_unsigned(sums[r][here], values, weights[j], gemm.bits)
+                    store(sums[r], [here], dot)
 
 
 def _numbers(packed: Any, part: int, bits: int) -> Any:
@@ -194,4 +199,3 @@ def _numbers(packed: Any, part: int, bits: int) -> Any:
     count = int(packed.ty.dtype.lanes)
     shifted = packed if part == 0 else packed >> T.broadcast(tirx.const(bits * part, "uint8"), count)
     return shifted if (part + 1) * bits == 8 else shifted & T.broadcast(tirx.const((1 << bits) - 1, "uint8"), count)
-

@@ -7,44 +7,21 @@ sixteen floats in a register (vpermps reads the four low bits of each lane), els
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.targets.tvm.builder import at, cast, f32, i32, kernel_named, local, size, spread, store, zeros
+from qcompiler.targets.tvm.builder import at, cast, f32, i32, kernel_named, size, spread, store, zeros
 from qcompiler.targets.tvm.isa import Isa
-from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, Finisher
-from qcompiler.targets.tvm.kernels.gemm_groups import VECTORS, rows_of_tile, width
+from qcompiler.targets.tvm.kernels.epilogue import Finisher
+from qcompiler.targets.tvm.kernels.gemm_groups import VECTORS, ByGroup, rows_of_tile, width
 from qcompiler.targets.tvm.kernels.gemm_int8 import blocked
 
 
-@dataclasses.dataclass(frozen=True)
-class GemmGroupsF32:
-    """One shape of Linear.
-
-    Attributes:
-        in_features, out_features: K and N.
-        group_size: inputs that share a scale, a multiple of 16; K is padded to a multiple.
-        bits: of a weight: 2, 4 or 8.
-        symmetric: whether all zero points are the middle, 2^(bits - 1); else they are an argument.
-        epilogue: what follows.
-    """
-
-    in_features: int
-    out_features: int
-    group_size: int
-    bits: int = 4
-    symmetric: bool = True
-    epilogue: Epilogue = PLAIN
-
-    @property
-    def groups(self) -> int:
-        """How many there are along K."""
-        return -(-self.in_features // self.group_size)
+class GemmGroupsF32(ByGroup):
+    """Float products of one shape of Linear."""
 
     @property
     def step(self) -> int:
@@ -62,7 +39,7 @@ class GemmGroupsF32:
 
 def pack(q: npt.NDArray[Any], group_size: int, bits: int, isa: Isa) -> npt.NDArray[np.int32]:
     """Unsigned [K, N] to panels [⌈N / width⌉, padded K / step, width]; the padding is zero."""
-    gemm = GemmGroupsF32(*q.shape, group_size, bits)
+    gemm = GemmGroupsF32(q.shape[0], q.shape[1], group_size, bits)
     rows, panels = gemm.groups * group_size, -(-q.shape[1] // width(isa))
     whole = np.zeros((rows, panels * width(isa)), np.uint32)
     whole[: q.shape[0], : q.shape[1]] = q
@@ -94,39 +71,36 @@ class _Builder:
 
     def _tile(self, panel: Any, row: Any, height: int) -> None:
         gemm, lanes = self.gemm, self.isa.lanes
-        self.total = zeros(height * VECTORS, lanes)
+        self.total = [zeros(VECTORS, lanes) for _ in range(height)]
         whole, rest = divmod(gemm.in_features, gemm.group_size)
         with T.serial(0, whole) as group:
             self._group(panel, row, height, group, gemm.group_size)
         if rest:
             self._group(panel, row, height, whole, rest)
         for r, j, here in self._places(height):
-            self.finisher.write(row + r, (panel * VECTORS + j) * lanes, self.total[here])
+            self.finisher.write(row + r, (panel * VECTORS + j) * lanes, self.total[r][here])
 
     def _places(self, height: int) -> list[tuple[int, int, Any]]:
         lanes = self.isa.lanes
-        return [(r, j, at((r * VECTORS + j) * lanes, lanes)) for r in range(height) for j in range(VECTORS)]
+        return [(r, j, at(j * lanes, lanes)) for r in range(height) for j in range(VECTORS)]
 
     def _group(self, panel: Any, row: Any, height: int, group: Any, count: int) -> None:
         """``count`` inputs of one group."""
         gemm, lanes = self.gemm, self.isa.lanes
-        sums = zeros(height * VECTORS, lanes)
+        sums = [zeros(VECTORS, lanes) for _ in range(height)]
         offset = None if self.zero is None else zeros(height, 1)
         first = group * (gemm.group_size // gemm.step)
         with T.serial(0, count // gemm.step) as step:
             self._products(panel, row, height, sums, offset, first + step, gemm.step)
         if count % gemm.step:
             self._products(panel, row, height, sums, offset, first + count // gemm.step, count % gemm.step)
-        for r, j, here in self._places(height):
-            scale = self.scale[panel, group, at(j * lanes, lanes)]
-            value = sums[here]
+        for r, _, here in self._places(height):
+            value = sums[r][here]
             if self.zero is not None and offset is not None:
-                value = value - self.zero[panel, group, at(j * lanes, lanes)] * spread(offset[r], lanes)
-            store(self.total, [here], self.total[here] + value * scale)
+                value = value - self.zero[panel, group, here] * spread(offset[r], lanes)
+            store(self.total[r], [here], self.total[r][here] + value * self.scale[panel, group, here])
 
-    def _products(
-        self, panel: Any, row: Any, height: int, sums: Any, offset: Any, step: Any, count: int
-    ) -> None:
+    def _products(self, panel: Any, row: Any, height: int, sums: Any, offset: Any, step: Any, count: int) -> None:
         """``count`` inputs of one step."""
         gemm, lanes = self.gemm, self.isa.lanes
         packed = [self.weight[panel, step, at(j * lanes, lanes)] for j in range(VECTORS)]
@@ -135,8 +109,8 @@ class _Builder:
             for r in range(height):
                 value = self.x[row + r, step * gemm.step + part]
                 for j in range(VECTORS):
-                    here = at((r * VECTORS + j) * lanes, lanes)
-                    store(sums, [here], sums[here] + spread(value, lanes) * weights[j])
+                    here = at(j * lanes, lanes)
+                    store(sums[r], [here], sums[r][here] + spread(value, lanes) * weights[j])
                 if offset is not None:
                     store(offset, [r], offset[r] + value)
 
