@@ -17,9 +17,12 @@ DTYPES = {
     "uint4": (0, 15),
     "int2": (-2, 1),
     "uint2": (0, 3),
+    "int16": (-32768, 32767),
 }
 TABLES = ("nf4", "fp4")
 """4-bit floats by table (``numerics.codebooks``), for weights in blocks."""
+FLOATS = ("float16", "bfloat16")
+"""Floats that a weight may be stored in, without a scale."""
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 
 
@@ -28,8 +31,10 @@ class TensorSpec:
     """How one tensor is quantized.
 
     Attributes:
-        dtype: "int8", "uint8", or for weights also "int4", "uint4", "int2", "uint2", "nf4", "fp4".
-        symmetric: zero_point fixed (0 for int8, 128 for uint8) and, in 8 bits, the range narrow: [-127, 127] about it.
+        dtype: "int8", "uint8", or for weights also "int4", "uint4", "int2", "uint2", "int16", "nf4", "fp4", "float16",
+            "bfloat16".
+        symmetric: zero_point fixed (0 for int8, 128 for uint8) and, from 8 bits on, the range narrow: [-127, 127] about
+            it.
         granularity: per_tensor, per_channel (one scale an output channel), per_token (one scale a row of the
             activation), per_group (one scale for ``group_size`` input channels).
         group_size: input channels that share a scale (per_group only).
@@ -50,8 +55,8 @@ class TensorSpec:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in (*DTYPES, *TABLES):
-            raise unknown("dtype", self.dtype, (*DTYPES, *TABLES))
+        if self.dtype not in (*DTYPES, *TABLES, *FLOATS):
+            raise unknown("dtype", self.dtype, (*DTYPES, *TABLES, *FLOATS))
         if self.granularity not in GRANULARITIES:
             raise unknown("granularity", self.granularity, GRANULARITIES)
         if (self.granularity == "per_group") != (self.group_size is not None):
@@ -65,6 +70,10 @@ class TensorSpec:
         if self.zero_point is not None and (self.granularity != "per_token" or self.symmetric):
             raise OptionError(f"zero_point={self.zero_point}: only asymmetric per_token scales have a fixed one.")
         self._check_table()
+        if self.dtype in FLOATS and (self.granularity != "per_tensor" or not self.symmetric or self.dynamic):
+            raise OptionError(
+                f"{self.dtype} is for weights, and has no scales: leave granularity and the rest as they are."
+            )
         low, high = DTYPES.get(self.dtype, (0, 0))
         if self.zero_point is not None and not low + 2 <= self.zero_point < high:
             raise OptionError(f"zero_point={self.zero_point} leaves {self.dtype} no room on both sides of it.")
@@ -84,7 +93,7 @@ class TensorSpec:
     @property
     def bits(self) -> int:
         """Bits of one number."""
-        return 4 if self.by_table else int(self.dtype.removeprefix("u").removeprefix("int"))
+        return 4 if self.by_table else int(self.dtype.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
     def __str__(self) -> str:
         kind = "dynamic" if self.dynamic else "static"
@@ -191,6 +200,10 @@ PRESETS: Mapping[str, Scheme] = {
         Scheme("w4a16", _in_groups("int4"), None),
         Scheme("w4a8", _in_groups("int4"), _INT8_GROUPS),
         Scheme("w2a16", _in_groups("int2"), None),
+        # 16 bits in the file, float when the model is loaded.
+        Scheme("w16", TensorSpec("int16", granularity="per_channel"), None),
+        Scheme("fp16", TensorSpec("float16"), None),
+        Scheme("bf16", TensorSpec("bfloat16"), None),
         # 4-bit floats by table (QLoRA), their scales in 8 bits.
         *(Scheme(name, _by_table(name), None) for name in TABLES),
     )

@@ -21,6 +21,8 @@ _INPUTS = {
     "FakeQuantBlocks": 3,
     "FakeQuantRows": 3,
     "FakeQuantCodebook": 3,
+    "FakeQuantFloat": 1,
+    "DequantizeFloat": 1,
     "DequantizeCodebook": 3,
     "DequantizeScales": 3,
     "FakeQuantPerGroup": 1,
@@ -34,6 +36,7 @@ _ATTRIBUTES = {
     "FakeQuantRows": {"block_size", "low", "high"},
     "FakeQuantPerGroup": {"block_size"},
     "FakeQuantCodebook": {"block_size"},
+    "FakeQuantFloat": {"to"},
     "DequantizeCodebook": {"block_size"},
     "DequantizeScales": {"count"},
 }

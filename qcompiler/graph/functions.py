@@ -20,15 +20,17 @@ Fake-quant (placed by ``insert``), each x -> dequantize(quantize(x)):
   scale and zero_point [rows, ceil(features / block_size)].
 - ``FakeQuantCodebook(w, values, scale) {block_size}``: static, of a weight [in, out]: the nearest of values [16]
   times the scale of its block; see ``numerics.codebooks`` for the blocks.
+- ``FakeQuantFloat(w) {to}``: to another float type and back.
 - ``FakeQuantPerTensor(x)``: dynamic asymmetric uint8, one scale a tensor (ONNX DynamicQuantizeLinear).
 - ``FakeQuantPerToken(x) {zero_point = 128}``: dynamic, for each row along the last axis the least scale whose integers
   fit [1, 255] about the zero point: max|row| / 127 where that is 128.
 - ``FakeQuantPerGroup(x) {block_size}``: dynamic symmetric, max|x| / 127 for each ``block_size`` channels of a row; the
   last group may be short.
 
-What ``fold`` leaves of a weight that is quantized by table, where standard ONNX has no one operator:
+What ``fold`` leaves of a weight that is no integer:
 
 - ``DequantizeCodebook(q, values, scale) {block_size}``: values[q] · scale of the block; q uint4 [in, out].
+- ``DequantizeFloat(w)``: w in float32.
 - ``DequantizeScales(q, step, mean) {count}``: q · step + mean, the first ``count``; q int8 [rows, n], step [rows].
 """
 
@@ -38,6 +40,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
+from qcompiler.graph.edit import insert_node
 
 OPSET = 21
 
@@ -183,6 +186,13 @@ _BODIES = {
         w = Gather(values, places){_TO_BLOCKS}
         numbers = Identity(blocks){_FROM_BLOCKS}
     }}""",
+    "FakeQuantFloat": """<to>(w) => (y) {
+        stored = Cast<to: int = @to>(w)
+        y = Cast<to: int = 1>(stored)
+    }""",
+    "DequantizeFloat": """(w) => (y) {
+        y = Cast<to: int = 1>(w)
+    }""",
     "DequantizeScales": """<count>(q, step, mean) => (y) {
         numbers = Cast<to: int = 1>(q)
         last = Constant<value_ints: ints = [-1]>()
@@ -249,7 +259,9 @@ _BODIES = {
 
 NAMES = frozenset(_BODIES)
 FAKE_QUANT = frozenset(name for name in _BODIES if name.startswith("FakeQuant"))
-WEIGHT_QUANT = ("FakeQuant", "FakeQuantBlocks", "FakeQuantCodebook")
+WEIGHT_QUANT = ("FakeQuant", "FakeQuantBlocks", "FakeQuantCodebook", "FakeQuantFloat")
+WEIGHT_FOLDED = ("DequantizeCodebook", "DequantizeFloat")
+"""Beside the standard DequantizeLinear."""
 
 
 def ensure_function(model: ir.Model, name: str) -> None:
@@ -259,6 +271,17 @@ def ensure_function(model: ir.Model, name: str) -> None:
         text = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{name} {_BODIES[name]}'
         model.functions[key] = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     model.graph.opset_imports.setdefault(DOMAIN, 1)
+
+
+def insert_call(
+    model: ir.Model, before: ir.Node, function: str, inputs: list[ir.Value], name: str, **attributes: int | float
+) -> ir.Value:
+    """Call a function before a node; its output, of the type and shape of the first input."""
+    ensure_function(model, function)
+    node = insert_node(
+        model.graph, before, function, inputs, domain=DOMAIN, attributes=attributes, name=name, like=inputs[0]
+    )
+    return node.outputs[0]
 
 
 def is_call(node: ir.Node | None, *names: str) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from qcompiler.graph.edit import sole_user
-from qcompiler.graph.functions import FAKE_QUANT, WEIGHT_QUANT, is_call
+from qcompiler.graph.functions import FAKE_QUANT, WEIGHT_FOLDED, WEIGHT_QUANT, is_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Linear:
         name: the MatMul node's name, unique in the model; normalise sets it from the weight parameter's name.
         matmul: the MatMul node.
         x: the activation it reads, before any fake-quant; [..., in_features].
-        weight: the initializer [in_features, out_features]: float, or integers after ``fold``.
+        weight: the initializer [in_features, out_features]: float, or what is stored of it after ``fold``.
         bias: the value [out_features] that the Add reads, or None: an initializer, or the DequantizeLinear of one after
             ``fold{bias=int32}``.
         output: what the rest of the graph reads: the Add's output, or the MatMul's where there is no bias.
         activation_quant: the FakeQuant* call between x and the MatMul, or None.
-        weight_quant: the call of a weight's fake-quant (after ``insert``), or DequantizeLinear or a DequantizeCodebook
-            call (after ``fold``), or None.
+        weight_quant: the call of a weight's fake-quant (after ``insert``), or DequantizeLinear or a
+            DequantizeCodebook or DequantizeFloat call (after ``fold``), or None.
     """
 
     name: str
@@ -61,7 +61,7 @@ def as_linear(node: ir.Node) -> Linear | None:
     x, weight = node.inputs
     weight_quant = weight.producer() if weight is not None else None
     if weight_quant is not None and (
-        is_call(weight_quant, *WEIGHT_QUANT, "DequantizeCodebook") or weight_quant.op_type == "DequantizeLinear"
+        is_call(weight_quant, *WEIGHT_QUANT, *WEIGHT_FOLDED) or weight_quant.op_type == "DequantizeLinear"
     ):
         weight = weight_quant.inputs[0]
     else:

@@ -104,12 +104,14 @@ _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 def _call_fact(node: ir.Node, inputs: list[Fact]) -> Fact:
     """Our functions keep the shape of their first input, attention but for the last axis, which is v's; what
-    dequantizes has the type of its second."""
+    dequantizes has the type of its second, float32 where there is none."""
     shape = inputs[0].shape
     if is_call(node, "Attention", "MaskedAttention"):
         shape = (*shape[:-1], inputs[2].shape[-1])
     if is_call(node, "DequantizeScales"):
         shape = (node.attributes["count"].as_int(),)
+    if is_call(node, "DequantizeFloat"):
+        return Fact(shape, ir.DataType.FLOAT)
     return Fact(shape, inputs[1 if node.op_type.startswith("Dequantize") else 0].dtype)
 
 

@@ -23,7 +23,7 @@ def fake_quantized(linear: Linear) -> bool:
 
 def on_integers(linear: Linear) -> bool:
     """Whether the fake-quant on its weight rounds to integers, whose grid :func:`grid_of` reads."""
-    return fake_quantized(linear) and not is_call(linear.weight_quant, "FakeQuantCodebook")
+    return is_call(linear.weight_quant, "FakeQuant", "FakeQuantBlocks")
 
 
 def in_groups(model: ir.Model) -> dict[ir.Node, list[Linear]]:
@@ -49,6 +49,11 @@ def codebook_of(call: ir.Node) -> CodebookGrid:
     assert values is not None
     assert scale is not None
     return CodebookGrid(values, call.attributes["block_size"].as_int(), scale)
+
+
+def stored_float(call: ir.Node) -> npt.DTypeLike:
+    """The type that a FakeQuantFloat call rounds to."""
+    return ir.DataType(call.attributes["to"].as_int()).numpy()
 
 
 def grid_of(call: ir.Node) -> Grid:
@@ -105,5 +110,8 @@ def rounded_weight(linear: Linear) -> npt.NDArray[np.float32]:
     assert linear.weight_quant is not None
     weight = array_of(linear.weight)
     assert weight is not None
+    weight = np.asarray(weight, np.float32)
+    if is_call(linear.weight_quant, "FakeQuantFloat"):
+        return weight.astype(stored_float(linear.weight_quant)).astype(np.float32)
     grid = grid_of(linear.weight_quant) if on_integers(linear) else codebook_of(linear.weight_quant)
-    return np.asarray(grid.rounded(np.asarray(weight, np.float32)), np.float32)
+    return np.asarray(grid.rounded(weight), np.float32)

@@ -21,15 +21,21 @@ _TINY = np.finfo(np.float32).tiny  # the smallest normal number: runtimes may fl
 def integer_range(spec: TensorSpec, reduce_range: bool = False) -> tuple[int, int]:
     """The smallest and largest integer in use, zero point included.
 
-    Symmetric ranges of 8 bits are narrow, [-127, 127] about the zero point; fewer bits leave no number unused.
+    Symmetric ranges of 8 or 16 bits are narrow, [-127, 127] about the zero point; fewer bits leave no number unused.
     ``reduce_range`` keeps 7 of 8 bits, so that the sum of two u8 x s8 products fits 16 bits (x86 before VNNI:
     2 · 255 · 64 < 2^15).
+
+    Raises:
+        OptionError: numbers that are no integers (nf4, float16 …).
     """
+    if spec.dtype not in DTYPES:
+        raise OptionError(f"{spec.dtype} is no grid of integers.")
     low, high = DTYPES[spec.dtype]
     if spec.bits < 8:
         return low, high
     if spec.symmetric:
-        middle, reach = fixed_zero_point(spec), 64 if reduce_range else 127
+        middle = fixed_zero_point(spec)
+        reach = 64 if reduce_range and spec.bits == 8 else high - middle
         return middle - reach, middle + reach
     return (low // 2, high // 2) if reduce_range else (low, high)
 

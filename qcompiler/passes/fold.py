@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.core import DOMAIN, unknown
+from qcompiler.core import unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead
-from qcompiler.graph.functions import ensure_function, is_call
+from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.weights import BITS, codebook_of, fake_quantized, grid_of
+from qcompiler.graph.weights import BITS, fake_quantized, grid_of
 from qcompiler.numerics.affine import quantize
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.float_weights import fold_codebook, fold_float
 from qcompiler.passes.tables import container, fold_tables
 
 
@@ -25,7 +25,7 @@ class Fold(Pass):
     """Constants become integers: W -> DequantizeLinear(W_int8, scale), with ``block_size`` where scales go by group.
 
     Weights of 4 bits become int4 or uint4 tensors, those of 2 bits too: opset 21 has nothing smaller. Those of nf4 and
-    fp4 become places in their table, uint4.
+    fp4 become places in their table, uint4; float16 and bfloat16 are stored as such.
 
     ``bias="int32"`` also turns the bias of a static Linear into int32 with the derived scale s_x · s_w (Jacob et al.
     2018, section 2.4), for runtimes that want it so; "float" leaves it, which is what ort-cpu's fastest kernel takes.
@@ -103,33 +103,11 @@ def _integer_blocks(model: ir.Model, linear: Linear) -> ir.Value:
     return dequantize.outputs[0]
 
 
-def _places(model: ir.Model, linear: Linear) -> ir.Value:
-    """Places in a table, uint4 [in, out]."""
-    call, old = linear.weight_quant, linear.weight
-    weight = array_of(old)
-    assert call is not None
-    assert weight is not None
-    name = old.name or linear.name
-    q = add_initializer(model.graph, f"{name}_quantized", codebook_of(call).nearest(weight).astype(ml_dtypes.uint4))
-    q.metadata_props.update(old.metadata_props)
-    ensure_function(model, "DequantizeCodebook")
-    dequantize = insert_node(
-        model.graph,
-        linear.matmul,
-        "DequantizeCodebook",
-        [q, *call.inputs[1:]],
-        domain=DOMAIN,
-        attributes={"block_size": call.attributes["block_size"].as_int()},
-        name=f"{name}_dequantized",
-        like=old,
-    )
-    return dequantize.outputs[0]
-
-
 _FOLDS: Mapping[str, Callable[[ir.Model, Linear], ir.Value]] = {
     "FakeQuant": _integer_weight,
     "FakeQuantBlocks": _integer_blocks,
-    "FakeQuantCodebook": _places,
+    "FakeQuantCodebook": fold_codebook,
+    "FakeQuantFloat": fold_float,
 }
 
 

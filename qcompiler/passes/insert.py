@@ -9,17 +9,17 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.core import DOMAIN, StatRequest
-from qcompiler.graph.edit import add_initializer, array_of, first_of, insert_node
-from qcompiler.graph.functions import ensure_function
+from qcompiler.core import Note, StatRequest
+from qcompiler.graph.edit import add_initializer, array_of, first_of
+from qcompiler.graph.functions import insert_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.affine import quantize_weight, row_zero_point, scale_zero_point
-from qcompiler.numerics.codebooks import block_absmax, codebook, quantize_scales
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.passes.annotate import annotated
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.float_weights import insert_codebook, insert_float, overflow
 from qcompiler.passes.tables import insert_on_tables
-from qcompiler.scheme import TensorSpec
+from qcompiler.scheme import FLOATS, TensorSpec
 
 _DYNAMIC = {
     "per_token": "FakeQuantPerToken",
@@ -45,8 +45,12 @@ class Insert(Pass):
         ctx.float_model = model.clone()
         weights: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
         activations: dict[tuple[ir.Value, TensorSpec], ir.Value] = {}
+        notes: list[Note] = []
         changed = False
         for linear, weight_spec, activation_spec in list(_quantized(model)):
+            if (why := overflow(linear, weight_spec)) is not None:
+                notes.append(Note(linear.name, "left in float", why))
+                continue
             key = (linear.weight, weight_spec)
             if key not in weights:
                 weights[key] = _insert_on_weight(model, linear, weight_spec, ctx.capability.reduce_range)
@@ -57,7 +61,8 @@ class Insert(Pass):
                     activations[key] = _insert_on_activation(model, linear, activation_spec, stats)
                 linear.matmul.replace_input_with(0, activations[key])
             changed = True
-        notes = [] if ctx.scheme.embedding is None else insert_on_tables(model, ctx.scheme.embedding)
+        if ctx.scheme.embedding is not None:
+            notes += insert_on_tables(model, ctx.scheme.embedding)
         return PassResult(changed or bool(notes), tuple(notes))
 
 
@@ -76,8 +81,10 @@ def _insert_on_weight(model: ir.Model, linear: Linear, spec: TensorSpec, reduce_
     array = array_of(linear.weight)
     assert array is not None
     if spec.by_table:
-        return _insert_codebook(model, linear, spec, array)
-    if spec.group_size is not None or spec.bits < 8 or not spec.symmetric:
+        return insert_codebook(model, linear, spec, array)
+    if spec.dtype in FLOATS:
+        return insert_float(model, linear, spec)
+    if spec.group_size is not None or spec.bits != 8 or not spec.symmetric:
         return _insert_blocks(model, linear, spec, array)
     _, scale = quantize_weight(array, spec, reduce_range)
     return _fake_quant(model, linear.matmul, linear.weight, scale, np.zeros(scale.shape, np.int8))
@@ -97,27 +104,7 @@ def _insert_blocks(model: ir.Model, linear: Linear, spec: TensorSpec, array: np.
         add_initializer(graph, f"{name}_zero_point", zero_point.reshape(shape)),
     ]
     attributes = {"block_size": grid.group_size or len(array), "low": float(grid.low), "high": float(grid.high)}
-    return _call(model, linear.matmul, "FakeQuantBlocks", inputs, f"{name}_fake_quant", **attributes)
-
-
-def _insert_codebook(model: ir.Model, linear: Linear, spec: TensorSpec, array: np.ndarray) -> ir.Value:
-    assert spec.group_size is not None
-    graph, name = model.graph, linear.weight.name
-    scale = block_absmax(array, spec.group_size)
-    values = add_initializer(graph, f"{name}_{spec.dtype}", codebook(spec.dtype))
-    if spec.double_quant:
-        scales = quantize_scales(scale)
-        inputs = [
-            add_initializer(graph, f"{name}_scales_quantized", scales.q),
-            add_initializer(graph, f"{name}_scales_step", scales.step),
-            add_initializer(graph, f"{name}_scales_mean", scales.mean),
-        ]
-        read = _call(model, linear.matmul, "DequantizeScales", inputs, f"{name}_scales", count=scales.count)
-        read.type, read.shape = values.type, ir.Shape(scale.shape)
-    else:
-        read = add_initializer(graph, f"{name}_scales", scale)
-    inputs = [linear.weight, values, read]
-    return _call(model, linear.matmul, "FakeQuantCodebook", inputs, f"{name}_fake_quant", block_size=spec.group_size)
+    return insert_call(model, linear.matmul, "FakeQuantBlocks", inputs, f"{name}_fake_quant", **attributes)
 
 
 def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, stats: Stats) -> ir.Value:
@@ -126,7 +113,7 @@ def _insert_on_activation(model: ir.Model, linear: Linear, spec: TensorSpec, sta
         options: dict[str, float] = {} if spec.group_size is None else {"block_size": spec.group_size}
         if spec.granularity == "per_token":
             options["zero_point"] = float(row_zero_point(spec))
-        return _call(model, _first_reader(linear), function, [linear.x], name, **options)
+        return insert_call(model, _first_reader(linear), function, [linear.x], name, **options)
     low, high = stats[_request(linear, spec)]
     scale, zero_point = scale_zero_point(low, high, spec)
     return _fake_quant(
@@ -158,14 +145,4 @@ def _fake_quant(
         add_initializer(graph, f"{value.name}_scale", scale),
         add_initializer(graph, f"{value.name}_zero_point", zero_point),
     ]
-    return _call(model, before, "FakeQuant", inputs, f"{value.name}_fake_quant", axis=1)
-
-
-def _call(
-    model: ir.Model, before: ir.Node, function: str, inputs: list[ir.Value], name: str, **attributes: int | float
-) -> ir.Value:
-    ensure_function(model, function)
-    node = insert_node(
-        model.graph, before, function, inputs, domain=DOMAIN, attributes=attributes, name=name, like=inputs[0]
-    )
-    return node.outputs[0]
+    return insert_call(model, before, "FakeQuant", inputs, f"{value.name}_fake_quant", axis=1)

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.core import DOMAIN, Note
+from qcompiler.core import Note
 from qcompiler.graph.edit import add_initializer, array_of, insert_node
 from qcompiler.graph.embedding import Embedding, embeddings
-from qcompiler.graph.functions import ensure_function
+from qcompiler.graph.functions import insert_call
 from qcompiler.graph.weights import BITS, grid_of
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.scheme import TensorSpec
@@ -51,19 +51,8 @@ def _fake_quant(model: ir.Model, found: Embedding, spec: TensorSpec) -> ir.Value
         add_initializer(model.graph, f"{found.name}_scale", grid.scale.T),
         add_initializer(model.graph, f"{found.name}_zero_point", grid.zero_point.T),
     ]
-    ensure_function(model, "FakeQuantRows")
-    attributes = {"block_size": grid.group_size, "low": float(grid.low), "high": float(grid.high)}
-    node = insert_node(
-        model.graph,
-        found.gather,
-        "FakeQuantRows",
-        inputs,
-        domain=DOMAIN,
-        attributes=attributes,
-        name=f"{found.name}_fake_quant",
-        like=found.table,
-    )
-    return node.outputs[0]
+    attributes = {"block_size": grid.group_size or len(array.T), "low": float(grid.low), "high": float(grid.high)}
+    return insert_call(model, found.gather, "FakeQuantRows", inputs, f"{found.name}_fake_quant", **attributes)
 
 
 def fold_tables(model: ir.Model) -> bool:
@@ -105,4 +94,6 @@ def container(low: int, high: int) -> np.dtype:
     """The smallest integer type of opset 21 that holds a grid."""
     if high - low < 16:
         return np.dtype(ml_dtypes.int4 if low < 0 else ml_dtypes.uint4)
+    if high - low >= 256:
+        return np.dtype(np.int16)
     return np.dtype(np.int8 if low < 0 else np.uint8)

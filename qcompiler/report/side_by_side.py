@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
+from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.weights import folded_grid
+from qcompiler.graph.weights import codebook_of, folded_grid
 
 ACCUMULATED, ALONE, OUTPUT = "accumulated", "alone", "output"
 
@@ -215,8 +216,13 @@ def _same_weight(linear: Linear, copy: Linear) -> bool:
     weight, stored = array_of(linear.weight), array_of(copy.weight)
     if weight is None or stored is None or weight.shape != stored.shape:
         return False
-    if np.issubdtype(stored.dtype, np.floating):
-        return bool(np.array_equal(weight, stored))
+    if is_call(copy.weight_quant, "DequantizeCodebook"):
+        blocks = codebook_of(copy.weight_quant)
+        nearest = dataclasses.replace(blocks, values=np.array([0, 0.2], np.float32))  # no two numbers lie further apart
+        error = np.abs(weight - blocks.dequantized(stored.astype(np.uint8)))
+        return bool(np.mean(error <= nearest.dequantized(np.ones(stored.shape, np.uint8))) > 0.99)
+    if is_call(copy.weight_quant) or np.issubdtype(stored.dtype, np.floating):
+        return bool(np.array_equal(weight.astype(stored.dtype), stored))
     grid = folded_grid(copy.weight_quant)
     if grid is None:
         return False

@@ -35,6 +35,12 @@ def table_kernels(name: str, block_sizes: Sequence[int], speed: float | None = N
     return [Kernel(name, table, "per_group", "float", "", False, speed, tuple(block_sizes)) for table in ("nf4", "fp4")]
 
 
+def storage_kernels(speed: float | None = None) -> list[Kernel]:
+    """MatMul in float32 of weights that are stored in 16 bits."""
+    stored = {"int16": "per_channel", "float16": "per_tensor", "bfloat16": "per_tensor"}
+    return [Kernel("MatMul", dtype, scales, "float", "", False, speed) for dtype, scales in stored.items()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Coverage:
     """Share of the Linears' multiplications (per token) that run in integer kernels.

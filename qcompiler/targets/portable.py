@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,10 +13,14 @@ from qcompiler.core import Capability, Kernel, Note, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
 from qcompiler.graph.functions import inline_functions, is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.targets.base import Lowered, Target, block_kernels, table_kernels
+from qcompiler.targets.base import Lowered, Target, block_kernels, storage_kernels, table_kernels
 
 FORMS = ("qdq", "qoperator")
-_BY_TABLE = "DequantizeCodebook"
+_FLOATS: Mapping[str, tuple[str, str]] = {
+    "DequantizeCodebook": ("Gather + MatMul", "the standard has no product of weights by table"),
+    "DequantizeFloat": ("Cast + MatMul", "16 bits in the file only"),
+}
+"""What becomes of weights that are no integers, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Portable(Target):
         kernels += block_kernels(
             "DequantizeLinear + MatMul", ("float", "", False), dict.fromkeys((2, 4, 8), range(16, 257)), 1.0
         )
-        kernels += table_kernels("Gather + MatMul", range(16, 257), 1.0)
+        kernels += [*table_kernels("Gather + MatMul", range(16, 257), 1.0), *storage_kernels(1.0)]
         return Capability(self.name, tuple(kernels), self.reduce_range)
 
     def lower(self, model: ir.Model) -> Lowered:
@@ -73,11 +77,12 @@ class Portable(Target):
         notes: list[Note] = []
         inputs: dict[ir.Node, _Integers] = {}
         for linear in linears(model):
-            if linear.weight_quant is None or linear.weight_quant.op_type not in ("DequantizeLinear", _BY_TABLE):
+            quant = linear.weight_quant
+            if quant is None or not (quant.op_type == "DequantizeLinear" or is_call(quant, *_FLOATS)):
                 continue
             nodes[linear.name] = linear.name
-            if linear.weight_quant.op_type == _BY_TABLE:
-                notes.append(Note(linear.name, "Gather + MatMul", "the standard has no product of weights by table"))
+            if is_call(quant):
+                notes.append(Note(linear.name, *_FLOATS[quant.op_type]))
             elif linear.activation_quant is None:
                 notes.append(Note(linear.name, "DequantizeLinear + MatMul", "its input is float: weight-only"))
             elif self.form == "qdq" and is_call(linear.activation_quant, "FakeQuant"):

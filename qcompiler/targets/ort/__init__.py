@@ -21,6 +21,7 @@ from qcompiler.targets.ort.embeddings import lower_embeddings
 from qcompiler.targets.ort.linears import lower_linears
 from qcompiler.targets.ort.nbits import lower_blocks
 from qcompiler.targets.ort.norms import keep_additions_apart, lower_rms_norms
+from qcompiler.targets.ort.storage import lower_storage
 
 LOWERED_OPSET = 23
 """Attention, RMSNormalization and RotaryEmbedding came with opset 23; what else changed since 21 added dtypes only."""
@@ -56,7 +57,7 @@ class OrtCpu(Target):
         notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
         blocks, block_notes = lower_blocks(model)
         tables, table_notes = lower_codebooks(model)
-        notes += lower_embeddings(model)
+        notes += [*lower_embeddings(model), *lower_storage(model)]
         nodes, linear_notes = lower_linears(
             model, lambda granularity, k, n: costs.fastest(granularity, self.rows, k, n)
         )

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 from qcompiler.core import Capability, Kernel
-from qcompiler.targets.base import block_kernels, table_kernels
+from qcompiler.targets.base import block_kernels, storage_kernels, table_kernels
 from qcompiler.targets.ort import bnb4
 from qcompiler.targets.ort.costs import KERNELS, load_costs
 from qcompiler.targets.ort.nbits import BLOCK_SIZES
@@ -61,7 +61,7 @@ def capability(rows: int, vnni: bool | None = None) -> Capability:
     # At 2 bits and blocks of 16, accuracy level 4 does not quantize the input: it multiplies in float after all.
     integers = {2: BLOCK_SIZES[1:], 4: BLOCK_SIZES, 8: BLOCK_SIZES}
     kernels += block_kernels("MatMulNBits", ("int8", "per_group", True), integers)
-    kernels += table_kernels("MatMulBnb4", bnb4.BLOCK_SIZES)
+    kernels += [*table_kernels("MatMulBnb4", bnb4.BLOCK_SIZES), *storage_kernels()]
     for name in KERNELS["per_token"][1:]:  # the same operator, with weights of 8 bits: its time is known
         size = int(name.rpartition(".g")[2])
         times = costs.times(rows, "per_token", name)

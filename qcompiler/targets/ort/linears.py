@@ -33,7 +33,7 @@ def lower_linears(model: ir.Model, choose: Choose) -> tuple[dict[str, str], list
     nodes: dict[str, str] = {}
     notes: list[Note] = []
     for linear in linears(model):
-        if linear.weight_quant is None:
+        if linear.weight_quant is None or is_call(linear.weight_quant, "DequantizeFloat"):
             continue
         reason = _refuse(linear)
         if reason is not None:
