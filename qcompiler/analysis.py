@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qcompiler.core import OptionError, spell, unknown
@@ -32,6 +32,7 @@ def analyze(
     data: Any = None,
     passes: str | None = None,
     ignore: Sequence[str] = (),
+    bits: Mapping[str, int | str] | None = None,
     metric: str | Metric = "sqnr",
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
@@ -48,7 +49,7 @@ def analyze(
     compared with the same output in float.
 
     Args:
-        model, scheme, target, calibration, passes, ignore, example_inputs, dynamic_shapes, seed, limit, seq_len,
+        model, scheme, target, calibration, passes, ignore, bits, example_inputs, dynamic_shapes, seed, limit, seq_len,
             batch_size, trust_remote_code, progress: as of :func:`compile`; ``limit``, ``seq_len`` and ``batch_size``
             hold for ``data`` too. The target says what kernels there are; nothing is lowered to it.
         data: what to measure on, in any form of ``calibration``; None: the calibration data.
@@ -70,6 +71,7 @@ def analyze(
         calibration=calibration,
         passes=passes,
         ignore=ignore,
+        bits=bits,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
         seed=seed,

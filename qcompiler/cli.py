@@ -136,6 +136,7 @@ def _options(options: argparse.Namespace) -> Options:
         calibration=options.calibration,
         passes=options.passes,
         ignore=tuple(options.ignore),
+        bits=dict(map(_bits, options.bits)),
         seed=options.seed,
         limit=options.limit,
         seq_len=options.seq_len,
@@ -207,6 +208,13 @@ def _shape(text: str) -> Shape:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
         raise OptionError(f"cannot read shape {text!r}: write BATCHxSEQUENCE, like 8x128, or BATCH.")
     return tuple(int(part) for part in text.split("x"))
+
+
+def _bits(text: str) -> tuple[str, int | str]:
+    glob, equals, number = text.rpartition("=")
+    if not equals or not (number.isdecimal() or number == "float"):
+        raise OptionError(f"cannot read --bits {text!r}: write GLOB=BITS, like '*down_proj*=8'.")
+    return glob, int(number) if number.isdecimal() else number
 
 
 def _max_drop(text: str) -> dict[str, float]:
@@ -309,6 +317,14 @@ def _quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--calibration", metavar="DATA", help=f"{_DATA}; static schemes need it")
     sub.add_argument(
         "--ignore", metavar="GLOB", action="append", default=[], help="Linears to leave in float (may be repeated)"
+    )
+    sub.add_argument(
+        "--bits",
+        metavar="GLOB=BITS",
+        action="append",
+        default=[],
+        help="Linears whose weights get 2, 4 or 8 bits, or stay in float: '*down_proj*=8', '*head*=float' (may be "
+        "repeated: the last that matches holds)",
     )
     passes = ", ".join(name for name in PASSES if name != "normalise")
     sub.add_argument("--passes", metavar="SPEC", help=f"the pipeline as name{{option=value}},...; there are {passes}")

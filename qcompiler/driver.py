@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     passes: str | None = None,
     ignore: Sequence[str] = (),
+    bits: Mapping[str, int | str] | None = None,
     max_drop: Any = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
@@ -56,6 +57,8 @@ def compile(
         output: a folder to save to; it must not exist, unless ``force``.
         passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
         ignore: globs over Linear names that stay in float.
+        bits: bits of weights by globs over Linear names, ``{"*down_proj*": 8}``: 2, 4, 8, or 16 (or "float") to leave
+            them in float; groups are the scheme's. Of several globs that match, the last holds.
         max_drop: what may be lost at most, as one metric and its limit: ``{"sqnr": 26}`` (dB at least),
             ``{"cosine": 0.002}`` (1 - cosine), ``{"kl": 0.01}`` (nats a token), ``{"perplexity": 0.01}`` (relative
             increase), or ``(callable, limit)``: the callable takes float outputs, quantized outputs and feeds of one
@@ -81,6 +84,7 @@ def compile(
         calibration=calibration,
         passes=passes,
         ignore=ignore,
+        bits=bits,
         max_drop=max_drop,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,

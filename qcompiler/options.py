@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompiler.scheme import Scheme
@@ -19,6 +19,7 @@ class Options:
     calibration: Any = None
     passes: str | None = None
     ignore: Sequence[str] = ()
+    bits: Mapping[str, int | str] | None = None
     max_drop: Any = None
     example_inputs: Any = None
     dynamic_shapes: Any = None

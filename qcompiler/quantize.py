@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qcompiler.passes.base import Context, Pass
 from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.drop import MaxDrop, float_outputs
-from qcompiler.scheme import Scheme, resolve
+from qcompiler.scheme import BITS, Scheme, resolve
 from qcompiler.targets import make_target
 from qcompiler.targets.base import Target
 
@@ -56,7 +57,7 @@ class Request:
         Raises:
             QCompilerError: one of its kinds: an option that does not exist, or that others rule out.
         """
-        scheme = resolve(options.scheme, tuple(options.ignore))
+        scheme = resolve(options.scheme, tuple(options.ignore), options.bits)
         allowed = MaxDrop.parse(options.max_drop) if options.max_drop is not None else None
         target = make_target(options.target)
         capability = target.capability()
@@ -127,7 +128,7 @@ def run_passes(model: Any, asked: Request) -> Quantized:
         raise ModelError(
             f"{source.name} has no Linear (MatMul or Gemm with a constant 2-D weight): nothing to quantize."
         )
-    _check_ignore(work.model, asked.scheme)
+    _check_globs(work.model, asked.scheme)
     canonical_float = work.model.clone()
     budget = None
     if allowed is not None and search is not None and validation is not None:
@@ -147,12 +148,14 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
 
 def check_target(scheme: Scheme, capability: Capability) -> None:
     """Refuse a scheme that no kernel of the target runs."""
-    for spec in (scheme.activation, *([scheme.fallback] if scheme.fallback is not None else [])):
-        if not capability.runs(scheme.weight, spec):
+    weights = [scheme.weight, *(scheme.weight.with_bits(bits) for _, bits in scheme.bits if bits in BITS)]
+    activations = [scheme.activation, *([scheme.fallback] if scheme.fallback is not None else [])]
+    for weight, spec in itertools.product(weights, activations):
+        if not capability.runs(weight, spec):
             offered = ", ".join(dict.fromkeys(kernel.name for kernel in capability.kernels))
             raise TargetError(
                 f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) "
-                f"takes weight {scheme.weight} with activation {spec or 'float'}."
+                f"takes weight {weight} with activation {spec or 'float'}."
             )
     table = scheme.embedding
     if table is not None and table.group_size not in capability.embeddings.get(table.dtype, ()):
@@ -162,11 +165,13 @@ def check_target(scheme: Scheme, capability: Capability) -> None:
         )
 
 
-def _check_ignore(model: ir.Model, scheme: Scheme) -> None:
-    """An ignore glob that matches nothing is a mistake the user wants to hear of."""
+def _check_globs(model: ir.Model, scheme: Scheme) -> None:
+    """A glob that matches nothing is a mistake the user wants to hear of."""
     names = [linear.name for linear in linears(model)]
-    for glob in scheme.ignore:
-        if not fnmatch.filter(names, glob):
+    globs = [("ignore", glob) for glob in scheme.ignore] + [("bits", glob) for glob, _ in scheme.bits]
+    for option, glob in globs:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
             raise OptionError(
-                f"ignore={glob!r} matches no Linear; their names look like {names[0]!r} (qcompiler inspect lists them)."
+                f"{option}={glob!r} matches no Linear; their names look like {names[0]!r} (qcompiler inspect lists "
+                "them)."
             )

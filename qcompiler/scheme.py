@@ -23,6 +23,8 @@ TABLES = ("nf4", "fp4")
 """4-bit floats by table (``numerics.codebooks``), for weights in blocks."""
 FLOATS = ("float16", "bfloat16")
 """Floats that a weight may be stored in, without a scale."""
+BITS = (2, 4, 8)
+"""Bits that a weight's integers may have; 16 and "float" leave a Linear in float."""
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_group")
 
 
@@ -95,6 +97,13 @@ class TensorSpec:
         """Bits of one number."""
         return 4 if self.by_table else int(self.dtype.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
+    def with_bits(self, bits: int) -> TensorSpec:
+        """The same spec in integers of another width; a table of 4-bit floats becomes symmetric integers."""
+        if bits == self.bits:
+            return self
+        sign = "u" if self.dtype.startswith("u") else ""
+        return dataclasses.replace(self, dtype=f"{sign}int{bits}", double_quant=False)
+
     def __str__(self) -> str:
         kind = "dynamic" if self.dynamic else "static"
         size = f"({self.group_size})" if self.group_size else ""
@@ -117,6 +126,8 @@ class Scheme:
             float, at every quantized Linear. None: ``split`` takes out what lowers a site's error.
         embedding: spec of embedding tables, in groups of each row's features; None: they stay in float.
         ignore: globs over Linear names that stay in float.
+        bits: (glob over Linear names, bits of their weights: 2, 4 or 8, or 16: they stay in float); of several globs
+            that match, the last holds.
     """
 
     name: str
@@ -127,12 +138,16 @@ class Scheme:
     embedding: TensorSpec | None = None
     outlier_threshold: float | None = None
     ignore: tuple[str, ...] = ()
+    bits: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.outlier_threshold is not None and not self.outlier_threshold > 0:
             raise OptionError(
                 f"scheme {self.name!r}: threshold={self.outlier_threshold} is no magnitude; the paper has 6."
             )
+        for glob, bits in self.bits:
+            if bits not in (*BITS, 16):
+                raise OptionError(f"bits of {glob!r} are {bits!r}: 2, 4 or 8 are possible, and 16 or 'float' for none.")
         act, size = self.activation, self.weight.group_size
         if act is not None and act.group_size is not None and size is not None and size % act.group_size:
             raise OptionError(
@@ -143,6 +158,15 @@ class Scheme:
     def ignored_by(self, linear: str) -> str | None:
         """The first ignore glob that matches this Linear's name, or None."""
         return next((glob for glob in self.ignore if fnmatch.fnmatchcase(linear, glob)), None)
+
+    def bits_of(self, linear: str) -> tuple[str, int] | None:
+        """The last glob of ``bits`` that matches this Linear's name, and its bits; None: none does."""
+        return next((item for item in reversed(self.bits) if fnmatch.fnmatchcase(linear, item[0])), None)
+
+    def weight_of(self, linear: str) -> TensorSpec:
+        """The spec of the weight of the Linear of that name, if it is quantized."""
+        found = self.bits_of(linear)
+        return self.weight if found is None or found[1] not in BITS else self.weight.with_bits(found[1])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict, with the version of this layout."""
@@ -162,7 +186,8 @@ class Scheme:
             if fields.get(key) is not None:
                 fields[key] = TensorSpec(**fields[key])
         try:
-            return cls(**{**fields, "ignore": tuple(fields.get("ignore", ()))})
+            bits = tuple((glob, bits) for glob, bits in fields.get("bits", ()))
+            return cls(**{**fields, "ignore": tuple(fields.get("ignore", ())), "bits": bits})
         except TypeError as error:
             raise OptionError(f"scheme {data.get('name')!r} cannot be read: {error}.") from None
 
@@ -210,8 +235,8 @@ PRESETS: Mapping[str, Scheme] = {
 }
 
 
-def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = ()) -> Scheme:
-    """The preset of that name, or the scheme as given; ``ignore`` globs are added to its own.
+def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = (), bits: Mapping[str, Any] | None = None) -> Scheme:
+    """The preset of that name, or the scheme as given; ``ignore`` globs and ``bits`` are added to its own.
 
     A preset may be varied: ``"w4a16{group_size=128,symmetric=false,head=false}"``; ``group_size=none`` stands for one
     scale an output channel. ``"nf4{double_quant=false}"`` keeps the scales of blocks in float,
@@ -222,7 +247,8 @@ def resolve(scheme: str | Scheme, ignore: tuple[str, ...] = ()) -> Scheme:
     """
     if isinstance(scheme, str):
         scheme = _spelled(scheme)
-    return dataclasses.replace(scheme, ignore=scheme.ignore + tuple(ignore))
+    more = tuple((glob, 16 if number == "float" else number) for glob, number in (bits or {}).items())
+    return dataclasses.replace(scheme, ignore=scheme.ignore + tuple(ignore), bits=scheme.bits + more)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,6 +182,8 @@ CASES: dict[str, Case] = {
         "did you mean 'minmax'",
     ),
     "ignore": (given(ignore=("nothing.*",)), OptionError, "matches no Linear"),
+    "bits": (given(bits={"nothing.*": 16}), OptionError, "bits='nothing.*' matches no Linear"),
+    "bits of no kernel": (given(bits={"*": 4}), TargetError, "takes weight int4 per_channel static"),
     "target cannot run the scheme": (
         given(scheme=dataclasses.replace(PRESETS["w8a8"], name="mine", weight=_PER_GROUP)),
         TargetError,

@@ -228,6 +228,8 @@ _BAD = {
     "pass": (_options("--passes", "smoth,insert"), "did you mean 'smooth'"),
     "pass option": (_options("--passes", "smooth{alfa=0.5}"), "did you mean 'alpha'"),
     "ignore": (_options("--ignore", "nothing.*"), "matches no Linear"),
+    "bits": (_options("--bits", "nothing.*=16"), "matches no Linear"),
+    "bits without a number": (_options("--bits", "*down*"), "write GLOB=BITS"),
     "limit": (_options("--limit", "0"), "limit is 0"),
     "existing": (_existing, "--force"),
     "no calibration": (lambda m, d, t: ["compile", m, "-o", t / "o"], "calibration"),

@@ -137,6 +137,25 @@ def test_pipeline_of_a_scheme_and_the_recipe() -> None:
     assert compiled(scheme=weights_only, target="onnx").recipe["passes"] == "annotate,insert,fold"
 
 
+def test_bits_by_layer_reach_the_kernels_the_report_and_the_recipe() -> None:
+    bits = {"w?": 8, "wu": 2, "wh": "float"}
+    model = compiled(scheme="w4a16{group_size=16}", bits=bits, passes="awq,annotate,insert,clip_weights,gptq,fold")
+    widths = {
+        node.name: node.attributes["bits"].as_int() for node in model.model.graph if node.op_type == "MatMulNBits"
+    }
+    assert widths == {f"{name}.blocks": 2 if name == "wu" else 8 for name in NAMES if name != "wh"}
+    rows = {row.name: row for row in model.report.rows}
+    assert rows["wu"].weight == "int2 per_group(16) static"
+    assert rows["wd"].weight == "int8 per_group(16) static"
+    assert (rows["wh"].weight, rows["wh"].reason) == ("float", "bits='wh' leaves it")
+    assert model.recipe["scheme"]["bits"] == (("w?", 8), ("wu", 2), ("wh", 16))
+    mixed, four, eight = (
+        sum(error(exact, held_out(each)[name]) for name, exact in outputs_of(block(outliers=30)).items())
+        for each in (compiled(scheme="w4a16", bits={"w[dh]": 8}), compiled(scheme="w4a16"), compiled(scheme="w8a16"))
+    )
+    assert eight < mixed < four
+
+
 def test_ignored_linears_stay_in_float_and_say_why() -> None:
     rows = {row.name: row for row in compiled(ignore=("wu", "*d")).report.rows}
     assert {name for name, row in rows.items() if not row.quantized} == {"wu", "wd"}

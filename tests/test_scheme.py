@@ -49,6 +49,18 @@ def test_json_of_another_version_or_with_unknown_fields_is_refused() -> None:
         Scheme.from_json({**data, "colour": "blue"})
 
 
+def test_bits_by_glob_the_last_that_matches_holds() -> None:
+    scheme = resolve("w4a16{symmetric=false}", bits={"*": 2, "*down*": 8, "*.3.down*": "float"})
+    assert scheme.weight_of("layers.0.up") == TensorSpec("uint2", False, "per_group", 32)
+    assert scheme.weight_of("layers.0.down") == TensorSpec("uint8", False, "per_group", 32)
+    assert scheme.bits_of("layers.3.down") == ("*.3.down*", 16)
+    assert resolve("w4a16").weight_of("layers.0.up") == PRESETS["w4a16"].weight
+    assert resolve("nf4", bits={"a": 8}).weight_of("a") == TensorSpec("int8", True, "per_group", 64)
+    assert Scheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
+    with pytest.raises(OptionError, match="bits of 'x' are 3"):
+        resolve("w4a16", bits={"x": 3})
+
+
 def test_schemes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["w8a8"].head = False  # type: ignore[misc]

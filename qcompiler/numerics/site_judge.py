@@ -35,6 +35,7 @@ class Reader:
         low, high: float32 [folds, K], extremes of each fold.
         weight: float32 [K, N], the Linears' weights side by side.
         columns: int [K], the site's channel that each feature carries (several may carry one), or -1: none.
+        bits: int [N], of the weight of each output; None: those of the spec that it is judged with.
     """
 
     rows: Array
@@ -43,6 +44,7 @@ class Reader:
     high: Array
     weight: Array
     columns: Array
+    bits: Array | None = None
 
     def spread(self, transform: Transform) -> tuple[Vector | None, Vector | None]:
         """Scale and shift [channels] of a transform by feature [K]."""
@@ -118,7 +120,13 @@ class Judge:
 
     def rounded(self, weight: Array) -> Array:
         """Q(W'), which may be written to."""
-        return rounded_weight(weight, self._weight, self._reduced)
+        bits = self.reader.bits
+        if bits is None or (bits == self._weight.bits).all():
+            return rounded_weight(weight, self._weight, self._reduced)
+        for number in np.unique(bits):
+            part = bits == number
+            weight[:, part] = rounded_weight(weight[:, part], self._weight.with_bits(int(number)), self._reduced)
+        return weight
 
     def _best_spec(self, folds: Sequence[tuple[Vector | None, Vector | None, Array]]) -> int:
         errors = np.zeros(len(self._specs))

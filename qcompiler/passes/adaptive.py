@@ -82,7 +82,7 @@ class Adaptive(Pass):
         return search_smoothing(search, floors=(self.floor,), shifts=SHIFTS, price=price)
 
     def _read(self, seen: Stats, ctx: Context, site: Site) -> list[Reader]:
-        return readers_of(site, seen, self.rows, ctx.seed)
+        return readers_of(site, seen, self.rows, ctx)
 
 
 def _in_order(model: ir.Model, groups: Sequence[Sequence[Site]]) -> list[Sequence[Site]]:
@@ -95,6 +95,6 @@ def _quantized_so_far(model: ir.Model, ranges: Stats, ctx: Context) -> ir.Model:
     copy = model.clone()
     for linear in linears(copy):
         if decision(linear):
-            leave_weight(linear, ctx.scheme.weight)
+            leave_weight(linear, ctx.scheme.weight_of(linear.name))
     Insert().run(copy, ranges, dataclasses.replace(ctx))  # a context of its own: this is not the model's insertion
     return copy

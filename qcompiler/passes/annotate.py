@@ -59,7 +59,7 @@ class Annotate(Pass):
                 leave_decision(group, spec, why)
         for linear in chosen:
             if _WEIGHT not in linear.matmul.metadata_props:
-                leave_weight(linear, ctx.scheme.weight)
+                leave_weight(linear, ctx.scheme.weight_of(linear.name))
             spec_and_why = decision(linear)
             if spec_and_why is not None and spec_and_why[1]:
                 notes.append(Note(linear.name, f"activation {spec_and_why[0]}", spec_and_why[1]))
@@ -92,7 +92,7 @@ class Annotate(Pass):
 
     def _error(self, group: Sequence[Linear], spec: TensorSpec, stats: Stats, ctx: Context) -> Choice:
         return search_site(
-            [reader(group, stats[sample_request(group[0], self.rows)], None, ctx.seed)],
+            [reader(group, stats[sample_request(group[0], self.rows)], None, ctx.scheme, ctx.seed)],
             spec,
             ctx.scheme.weight,
             channels=group[0].in_features,

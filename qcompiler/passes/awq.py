@@ -64,7 +64,7 @@ class Awq(Pass):
             keep_plain=self.alpha is None,
         )
         fallback = FallbackRule(model, ctx.scheme, ctx.capability)
-        chooser = Chooser(rules, ctx, fallback, lambda site: readers_of(site, stats, self.rows, ctx.seed))
+        chooser = Chooser(rules, ctx, fallback, lambda site: readers_of(site, stats, self.rows, ctx))
         return chooser.transform(model, sharing_weights(sites(model, ctx.scheme)))
 
     def _search(self, search: SiteSearch, price: Price, sites: Sequence[Site]) -> Choice:

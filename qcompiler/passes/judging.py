@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from qcompiler.graph.edit import array_of
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.site_judge import Reader
-from qcompiler.scheme import Scheme, TensorSpec
+from qcompiler.scheme import BITS, Scheme, TensorSpec
 
 STATIC_ERROR = 1e-3
 """Relative squared output error (30 dB) below which a static scale holds at a site, whatever else could be had. On
@@ -47,6 +48,8 @@ def left_in_float(model: ir.Model, scheme: Scheme) -> list[Note]:
             reasons.append((linear.name, why))
         elif glob := scheme.ignored_by(linear.name):
             reasons.append((linear.name, f"ignored by {glob!r}"))
+        elif (asked := scheme.bits_of(linear.name)) and asked[1] not in BITS:
+            reasons.append((linear.name, f"bits={asked[0]!r} leaves it"))
         elif linear.name in heads:
             reasons.append((linear.name, "an output head; the scheme leaves it"))
     return [Note(name, "left in float", why) for name, why in reasons]
@@ -75,24 +78,28 @@ def rows_request(value: ir.Value, rows: int) -> StatRequest:
     return StatRequest(value.name or "", f"folds{{count={rows}}}", -1)
 
 
-def sampled_outputs(weight: npt.NDArray[np.float32], count: int, seed: int) -> npt.NDArray[np.float32]:
+def sampled_outputs(weight: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[Any]:
     """``count`` of the weight's output features [in, out], drawn by the seed, in their order."""
     return weight[:, np.sort(np.random.default_rng(seed).choice(weight.shape[1], count, replace=False))]
 
 
-def reader(group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.int32] | None, seed: int) -> Reader:
+def reader(
+    group: Sequence[Linear], sample: FoldSample, columns: npt.NDArray[np.int32] | None, scheme: Scheme, seed: int
+) -> Reader:
     """What the Linears of one input make of it, as the site search wants it.
 
     Args:
         columns: int32 [in_features], the site's channel of each feature; None: one each.
+        scheme: says how many bits each weight gets.
         seed: of the sample of output features, where there are very many.
     """
     weight = np.concatenate([array for linear in group if (array := array_of(linear.weight)) is not None], axis=1)
+    bits = np.concatenate([np.full(line.out_features, scheme.weight_of(line.name).bits) for line in group])
     if weight.shape[1] > 2 * _OUTPUTS:
-        weight = sampled_outputs(weight, _OUTPUTS, seed)
+        weight, bits = sampled_outputs(weight, _OUTPUTS, seed), sampled_outputs(bits[None], _OUTPUTS, seed)[0]
     if columns is None:
         columns = np.arange(len(weight), dtype=np.int32)
-    return Reader(sample.rows, sample.fold, sample.low, sample.high, weight, columns)
+    return Reader(sample.rows, sample.fold, sample.low, sample.high, weight, columns, bits)
 
 
 def leave_decision(group: Sequence[Linear], spec: TensorSpec, why: str) -> None:

@@ -78,7 +78,7 @@ class Piecewise(Pass):
             return site.best(self._candidates(site), price)
 
         rules = Rules(search, self.fold_gain, self.insert_gain, self.smooth_all_linears, insert_shift=False)
-        return choose_everywhere(model, rules, ctx, lambda site: readers_of(site, stats, self.rows, ctx.seed))
+        return choose_everywhere(model, rules, ctx, lambda site: readers_of(site, stats, self.rows, ctx))
 
     def _candidates(self, site: SiteSearch) -> list[Candidate]:
         return candidates(

@@ -74,7 +74,7 @@ class Shift(Pass):
             insert_shift=self.shift_all_linears,
             keep_plain=self.kind is None,
         )
-        return choose_everywhere(model, rules, ctx, lambda site: readers_of(site, stats, self.rows, ctx.seed))
+        return choose_everywhere(model, rules, ctx, lambda site: readers_of(site, stats, self.rows, ctx))
 
     def _candidates(self, stats: Stats, sites: Sequence[Site]) -> list[Candidate]:
         kinds = SHIFTS if self.kind is None else (self.kind,)

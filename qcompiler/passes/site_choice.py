@@ -177,10 +177,10 @@ def sample_requests(model: ir.Model, ctx: Context, rows: int) -> list[StatReques
     return [sample_request(linear, rows) for linear in quantized(model, ctx.scheme)]
 
 
-def readers_of(site: Site, stats: Stats, rows: int, seed: int) -> list[Reader]:
+def readers_of(site: Site, stats: Stats, rows: int, ctx: Context) -> list[Reader]:
     """What each group of Linears on one input of the site makes of it, on the row samples in ``stats``."""
     columns = {linear.x: columns for linear, columns in site.sinks}
     return [
-        reader(group, stats[sample_request(group[0], rows)], columns[group[0].x], seed)
+        reader(group, stats[sample_request(group[0], rows)], columns[group[0].x], ctx.scheme, ctx.seed)
         for group in by_input(site.linears)
     ]

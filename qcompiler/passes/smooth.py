@@ -55,7 +55,7 @@ class Smooth(Pass):
             insert_shift=False,
             keep_plain=self.alpha is None,
         )
-        return choose_everywhere(model, rules, ctx, lambda site: readers_of(site, stats, self.rows, ctx.seed))
+        return choose_everywhere(model, rules, ctx, lambda site: readers_of(site, stats, self.rows, ctx))
 
     def _search(self, search: SiteSearch, price: Price, sites: Sequence[Site]) -> Choice:
         alphas = ALPHAS if self.alpha is None else (self.alpha,)

@@ -76,7 +76,7 @@ class Split(Pass):
             shared = any(len(linear.weight.uses()) > 1 for linear in group)
             if group[0].in_features < 16 * self.channels or shared or any(linear.name in heads for linear in group):
                 continue
-            site = reader(group, stats[sample_request(group[0], self.rows)], None, ctx.seed)
+            site = reader(group, stats[sample_request(group[0], self.rows)], None, ctx.scheme, ctx.seed)
             outliers = _loudest(site, self.channels)
             rest = _without(site, outliers)
             fall = _fall(site, rest, (_ALPHA,), ctx)

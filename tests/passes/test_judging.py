@@ -38,6 +38,7 @@ SCHEME = PRESETS["w8a8"]
         ({}, set()),
         ({"ignore": ("*0",)}, {"q0", "up0", "down0", "logits0"}),
         ({"head": False}, {"logits0"}),
+        ({"bits": (("*0", 16), ("up0", 8))}, {"q0", "down0", "logits0"}),
         ({"head": False, "ignore": ("K", "k")}, {"k", "logits0"}),  # globs know upper case from lower
     ],
 )
@@ -57,7 +58,7 @@ def test_reader_puts_the_weights_side_by_side() -> None:
     group = [linear_named(model, name) for name in ("post", "logits0")]
     request = sample_request(group[0], 64)
     sample = collect(model, batches(), [request], progress=False)[request]
-    found = reader(group, sample, None, seed=0)
+    found = reader(group, sample, None, SCHEME, seed=0)
     assert found.rows.shape == (64, WIDTH)
     assert found.low.shape == found.high.shape == (4, WIDTH)
     np.testing.assert_array_equal(found.weight, np.hstack([array_of(linear.weight) for linear in group]))
@@ -70,7 +71,7 @@ def test_a_wide_head_is_judged_on_a_seeded_sample_of_its_features() -> None:
     (linear,) = linears(model)
     request = sample_request(linear, 8)
     sample = collect(model, batches(width=4), [request], progress=False)[request]
-    first, again, other = (reader([linear], sample, None, seed).weight for seed in (0, 0, 1))
+    first, again, other = (reader([linear], sample, None, SCHEME, seed).weight for seed in (0, 0, 1))
     assert first.shape == (4, 4096)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
