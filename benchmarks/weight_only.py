@@ -1,6 +1,6 @@
 """Weight-only and mixed schemes on SmolLM2-135M: one token's time, file size, and the memory a session takes.
 
-usage: weight_only.py [--schemes S S ...] [--rounds N] [--perplexity N] [--nf4]
+usage: weight_only.py [--schemes S S ...] [--folder DIR] [--rounds N] [--perplexity N] [--nf4]
 
 Rounded to nearest. Latency: one token (1 x 1, all of the model, without a cache), one thread's CPU time, alternating in
 one process, against the canonical fp32 graph under ORT_ENABLE_ALL. Memory: what a process of its own grows by when it
@@ -47,17 +47,16 @@ SCHEMES = (
 )
 TOKEN = {"input_ids": np.array([[5]], np.int64), "attention_mask": np.ones((1, 1), np.int64)}
 _MEMORY = """
-import json, resource, sys
+import json, sys
 import numpy as np, onnxruntime as ort
-def now():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
-before = now()
+def of_status(key):
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status") if line.startswith(key))
+before = of_status("VmRSS")
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 session.run(None, {"input_ids": np.array([[5]], np.int64), "attention_mask": np.ones((1, 1), np.int64)})
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-print(json.dumps({"rss_mb": now() - before, "peak_mb": peak - before}))
+print(json.dumps({"rss_mb": of_status("VmRSS") - before, "peak_mb": of_status("VmHWM") - before}))
 """
 
 
@@ -72,34 +71,33 @@ def size_mb(path: Path) -> float:
     return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) / 1e6
 
 
-def smollm2(schemes: list[str], rounds: int, windows_read: int) -> None:
-    """The table of this script."""
+def smollm2(schemes: list[str], root: Path, rounds: int, windows_read: int) -> None:
+    """The table of this script; models are kept under ``root``."""
     folder = MODELS / "smollm2"
-    source = open_source(folder)
     windows = []
-    if windows_read:
-        windows = list(open_data(WIKITEXT / "test.txt", source, limit=windows_read, seq_len=512, batch_size=1))
     rows: dict[str, dict[str, float]] = {"fp32": {}}
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
+    paths = {"fp32": root / "fp32.onnx"}
+    if windows_read or not paths["fp32"].exists():
+        source = open_source(folder)
         canonicalise(source.model)
-        save_model(source.model, root / "fp32.onnx")
-        paths = {"fp32": root / "fp32.onnx"}
-        for number, scheme in enumerate(schemes):
-            data = {"calibration": WIKITEXT / "valid.txt", "limit": 8, "seq_len": 512} if "llm" in scheme else {}
-            out = root / str(number)
-            target = "ort-cpu{rows=1}"
-            qcompiler.compile(folder, scheme=scheme, target=target, output=out, progress=False, **data)
-            paths[scheme] = out / "model.onnx"
-        for name, path in paths.items():
-            row = rows.setdefault(name, {})
-            row |= {"size_mb": size_mb(path), **memory(path)}
-            sessions = {key: one_thread_session(paths[key]) for key in dict.fromkeys(("fp32", name))}
-            runs = {key: lambda s=session: s.run(None, TOKEN) for key, session in sessions.items()}
-            times = alternate(runs, rounds, warmup=3)
-            row["ms"], row["ratio"] = 1e3 * float(np.median(times[name])), median_ratio(times, name, "fp32")
-            if windows:
-                row["perplexity"] = perplexity(sessions[name], windows)
+        save_model(source.model, paths["fp32"])
+        if windows_read:
+            windows = list(open_data(WIKITEXT / "test.txt", source, limit=windows_read, seq_len=512, batch_size=1))
+    for scheme in schemes:
+        data = {"calibration": WIKITEXT / "valid.txt", "limit": 8, "seq_len": 512} if "llm" in scheme else {}
+        out = root / scheme
+        if not out.exists():
+            qcompiler.compile(folder, scheme=scheme, target="ort-cpu{rows=1}", output=out, progress=False, **data)
+        paths[scheme] = out / "model.onnx"
+    for name, path in paths.items():
+        row = rows.setdefault(name, {})
+        row |= {"size_mb": size_mb(path), **memory(path)}
+        sessions = {key: one_thread_session(paths[key]) for key in dict.fromkeys(("fp32", name))}
+        runs = {key: lambda s=session: s.run(None, TOKEN) for key, session in sessions.items()}
+        times = alternate(runs, rounds, warmup=3)
+        row["ms"], row["ratio"] = 1e3 * float(np.median(times[name])), median_ratio(times, name, "fp32")
+        if windows:
+            row["perplexity"] = perplexity(sessions[name], windows)
     columns = {
         "ratio": ("1 token / fp32", "{:.3f}"),
         "ms": ("ms", "{:.1f}"),
@@ -138,6 +136,7 @@ def nf4() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), help="schemes to compile")
+    parser.add_argument("--folder", type=Path, help="keep the models here, and take those that are here already")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the alternating latency measurement")
     parser.add_argument("--perplexity", type=int, default=0, help="windows of 512 tokens (default: none)")
     parser.add_argument("--nf4", action="store_true", help="weight errors of nf4 instead")
@@ -146,7 +145,8 @@ def main() -> None:
     if args.nf4:
         nf4()
     else:
-        smollm2(args.schemes, args.rounds, args.perplexity)
+        with tempfile.TemporaryDirectory() as scratch:
+            smollm2(args.schemes, args.folder or Path(scratch), args.rounds, args.perplexity)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.transaction import Transaction
-from qcompiler.graph.weights import grid_of, on_integers
+from qcompiler.graph.weights import fake_quantized, grid_of, on_integers
 from qcompiler.numerics.affine import integer_range
 from qcompiler.numerics.gptq import Grid, Rounded, gptq
 from qcompiler.numerics.gptq_search import DAMPS, search_damp
@@ -69,7 +69,9 @@ class Gptq(Pass):
         return [request for group in apart for request in dict.fromkeys(map(_request, group))]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
-        notes: list[Note] = []
+        why = "GPTQ solves for integers, and this weight becomes none"
+        rest = [linear for linear in linears(model) if fake_quantized(linear) and not on_integers(linear)]
+        notes = [Note(linear.name, "rounded to nearest", why) for linear in rest]
         weights = float_weights(model, ctx)
         groups = _together(_quantized(model))
         for group in (group for group in groups if ctx.data is None or _spread_out(group)):

@@ -81,6 +81,18 @@ def test_compiled_and_saved_it_is_a_twelfth_of_a_bit_above_four(tmp_path: Path) 
     assert 8 * sum(array.nbytes for array in weights) / (2 * 256 * 640) < 4.13  # 4 + 8 / 64 + 32 / (64 · 256)
 
 
+def test_gptq_tells_that_it_leaves_them() -> None:
+    compiled = qcompiler.compile(
+        ir.to_proto(layer(64, 6)),
+        scheme="nf4",
+        passes="annotate,insert,gptq,fold",
+        calibration=[{"x": np.ones((ROWS, 64), np.float32)}],
+        progress=False,
+    )
+    told = {note.node: note.why for note in compiled.report.notes if note.what == "rounded to nearest"}
+    assert told == dict.fromkeys(("a.w", "b.w"), "GPTQ solves for integers, and this weight becomes none")
+
+
 @pytest.mark.parametrize("size", [8, 48, 512])
 def test_blocks_that_the_kernel_has_not_are_refused(size: int) -> None:
     with pytest.raises(TargetError, match="none of its kernels"):
