@@ -114,15 +114,20 @@ def one_thread_session(path: Path | bytes) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """CPU seconds of each run, taken in turn: whatever the machine does meanwhile falls on all alike."""
+def alternate(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """CPU (or other) seconds of each run, taken in turn: whatever the machine does meanwhile falls on all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(warmup + rounds):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock()
             run()
             if i >= warmup:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     return times
 
 
