@@ -1,6 +1,6 @@
 """Target tvm-llvm in four bits beside ONNX Runtime: one row times a weight by group, and SmolLM2 as a whole.
 
-usage: tvm_int4.py [--rounds N] [--threads N] [--scheme S] [--folder DIR] [--json FILE] [gemv] [smollm2]
+usage: [TVM_NUM_THREADS=N] tvm_int4.py [--rounds N] [--scheme S] [--folder DIR] [--json FILE] [gemv] [smollm2]
 
 Everything in turn in one process: CPU time on one thread, wall time on more; medians, and the median over rounds of the
 ratio. gemv: 1 x 4096 x 4096 in groups of 32 and 128 against MatMulNBits, w4a8 (accuracy level 4, the input quantized
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -23,8 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-THREADS = int(sys.argv[sys.argv.index("--threads") + 1]) if "--threads" in sys.argv else 1
-os.environ.setdefault("TVM_NUM_THREADS", str(THREADS))  # read when TVM is imported
+os.environ.setdefault("TVM_NUM_THREADS", "1")
 
 import numpy as np
 import tvm
@@ -39,6 +37,7 @@ from qcompiler.targets.tvm.kernels import gemm_groups, gemm_groups_f32
 from qcompiler.targets.tvm.kernels.quantize_groups import QuantizeGroups
 
 SIZE = 4096
+THREADS = int(os.environ["TVM_NUM_THREADS"])
 CLOCK = time.process_time if THREADS == 1 else time.perf_counter
 
 
@@ -71,14 +70,15 @@ def kernels(q: np.ndarray, scale: np.ndarray, x: np.ndarray, level: int) -> tupl
 
 def gemv(rounds: int) -> dict[str, dict[str, float]]:
     """Microseconds and errors by group size and accuracy level."""
-    rng, rows = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    rows: dict[str, dict[str, float]] = {}
     for level in (4, 0):
         for size in (32, 128):
             q = rng.integers(0, 16, (SIZE, SIZE)).astype(np.uint8)
             scale = (rng.random((SIZE // size, SIZE)) * 1e-2 + 1e-3).astype(np.float32)
             x = rng.standard_normal((1, SIZE)).astype(np.float32)
             exact = x @ ((q - 8.0) * scale.repeat(size, 0))
-            attributes = {"K": SIZE, "N": SIZE, "bits": 4, "block_size": size, "accuracy_level": level}
+            attributes: dict[str, Any] = {"K": SIZE, "N": SIZE, "bits": 4, "block_size": size, "accuracy_level": level}
             names = ["x", "weight", "scale"]
             node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **attributes)
             weights = {"weight": pack_weight(q, 4, size), "scale": np.ascontiguousarray(scale.T)}
@@ -94,7 +94,8 @@ def gemv(rounds: int) -> dict[str, dict[str, float]]:
 
 def smollm2(rounds: int, scheme: str, root: Path) -> dict[str, dict[str, float]]:
     """Latency of either target."""
-    compiled, rows = {}, {}
+    compiled: dict[str, qcompiler.CompiledModel] = {}
+    rows: dict[str, dict[str, float]] = {}
     for target in ("ort-cpu", "tvm-llvm"):
         out = root / f"{target}-{scheme}"
         if not out.exists():
@@ -107,7 +108,7 @@ def smollm2(rounds: int, scheme: str, root: Path) -> dict[str, dict[str, float]]
     for length in (1, 128):
         ids = rng.integers(0, 49_000, (1, length))
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        runs = {"ort-cpu": lambda f=feeds: session.run(None, f), "tvm-llvm": lambda f=feeds: engine.run(f, THREADS)}  # type: ignore[misc]
+        runs = {"ort-cpu": lambda f=feeds: session.run(None, f), "tvm-llvm": lambda f=feeds: engine.run(f, THREADS)}
         times = alternate(runs, rounds * 10 if length == 1 else rounds, clock=CLOCK)
         for name, seconds in times.items():
             rows[name][f"{length}_ms"] = statistics.median(seconds) * 1e3
@@ -120,7 +121,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["gemv", "smollm2"], help="gemv, smollm2")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of the alternating measurement")
-    parser.add_argument("--threads", type=int, default=1, help="of smollm2; gemv takes one")
     parser.add_argument("--scheme", default="w4a8", help="of smollm2 (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the compiled SmolLM2 is kept")
     parser.add_argument("--json", type=Path, help="also write the figures here")
