@@ -99,6 +99,7 @@ def _compile(options: argparse.Namespace) -> None:
     asked = dataclasses.replace(
         _options(options),
         max_drop=_max_drop(options.max_drop) if options.max_drop is not None else None,
+        max_size=options.max_size,
         dump=options.dump,
     )
     compiled = compile_as(options.src, asked, options.output, options.force)
@@ -260,6 +261,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METRIC=LIMIT",
         help="as fast as this allows, checked on held-back calibration samples: sqnr=DB at least, or at most "
         "cosine=1-COS, kl=NATS a token, perplexity=RELATIVE increase",
+    )
+    sub.add_argument(
+        "--max-size",
+        metavar="SIZE",
+        help="bytes that the saved model may take, or 40MB, 1.5GiB: bits are chosen for each Linear",
     )
     _data_options(sub)
     sub.add_argument("--force", action="store_true", help="replace a compiled model at OUT")

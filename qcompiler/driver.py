@@ -34,6 +34,7 @@ def compile(
     ignore: Sequence[str] = (),
     bits: Mapping[str, int | str] | None = None,
     max_drop: Any = None,
+    max_size: int | str | None = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     seed: int = 0,
@@ -64,6 +65,8 @@ def compile(
             increase), or ``(callable, limit)``: the callable takes float outputs, quantized outputs and feeds of one
             batch and returns what it loses. Each site is then static, dynamic, in groups or float, as fast as the limit
             allows. A quarter of the calibration samples is held back, and the limit holds on it with a margin.
+        max_size: bytes that model.onnx and its data may take, or a text like "40MB". Each Linear then gets 2, 4 or 8
+            bits, or stays in float, such that the model's outputs lose least, by what they lose with it alone so.
         example_inputs, dynamic_shapes: for torch modules where they cannot be derived.
         seed: for every random choice.
         limit, seq_len: how many calibration samples, of how many tokens.
@@ -86,6 +89,7 @@ def compile(
         ignore=ignore,
         bits=bits,
         max_drop=max_drop,
+        max_size=max_size,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
         seed=seed,
@@ -123,7 +127,7 @@ def compile_as(
         )
     compiled = CompiledModel(
         model=finished.work.model,
-        recipe=_recipe(ready, asked),
+        recipe=_recipe(ready, asked, finished.work.scheme),
         report=report,
         plans=tuple(finished.work.plans),
         tokenizer=ready.source.tokenizer,
@@ -145,7 +149,7 @@ class _Finished:
 
 
 def _finish(ready: Quantized, asked: Request) -> _Finished:
-    """Lower; where a loss is allowed, run the passes first, as the budget says."""
+    """Lower; where a loss or a size is given, run the passes first, as the budget says."""
 
     def finish(work: Pipeline) -> _Finished:
         quantized = work.model.clone()
@@ -156,18 +160,19 @@ def _finish(ready: Quantized, asked: Request) -> _Finished:
     return finish(ready.work) if ready.budget is None else ready.budget.spend(ready.work, asked.passes, finish)
 
 
-def _recipe(ready: Quantized, asked: Request) -> dict[str, Any]:
+def _recipe(ready: Quantized, asked: Request, scheme: Scheme) -> dict[str, Any]:
     """What makes this artefact again, as JSON-ready data; the same input gives the same recipe."""
     source, batches, allowed = ready.source, ready.batches, asked.allowed
     return {
         "version": RECIPE_VERSION,
         "qcompiler": version("qcompiler"),
         "source": {"name": source.name, "kind": source.kind, "sha256": source.sha256},
-        "scheme": asked.scheme.to_json(),
+        "scheme": scheme.to_json(),
         "passes": ",".join(spell(item.name, item) for item in asked.passes),
         "target": asked.options.target,
         "tables": dict(asked.target.tables()),
         "seed": asked.options.seed,
         "calibration": {"samples": batches.samples} if batches is not None else None,
         "max_drop": {"metric": allowed.name, "limit": allowed.limit} if allowed is not None else None,
+        "max_size": asked.max_size,
     }

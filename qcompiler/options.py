@@ -21,6 +21,7 @@ class Options:
     ignore: Sequence[str] = ()
     bits: Mapping[str, int | str] | None = None
     max_drop: Any = None
+    max_size: int | str | None = None
     example_inputs: Any = None
     dynamic_shapes: Any = None
     seed: int = 0

@@ -25,6 +25,7 @@ from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.drop import MaxDrop, float_outputs
 from qcompiler.scheme import BITS, Scheme, resolve
+from qcompiler.size_budget import SizeBudget, check_size, parse_size
 from qcompiler.targets import make_target
 from qcompiler.targets.base import Target
 
@@ -41,6 +42,7 @@ class Request:
         passes: what runs after ``normalise``.
         allowed: what may be lost at most; None: nothing is asked.
         stages: shows and times the run.
+        max_size: bytes that the saved model may take; None: nothing is asked.
     """
 
     options: Options
@@ -50,6 +52,7 @@ class Request:
     passes: Sequence[Pass]
     allowed: MaxDrop | None
     stages: Stages
+    max_size: int | None = None
 
     @staticmethod
     def of(options: Options) -> Request:
@@ -67,7 +70,12 @@ class Request:
         passes = pass_table.parse_pipeline(spelled)
         if allowed is not None:
             check_budget(scheme, passes, calibrated)
-        return Request(options, scheme, target, capability, passes, allowed, Stages(options.progress))
+        size = parse_size(options.max_size) if options.max_size is not None else None
+        if size is not None:
+            check_size(scheme, target, passes, calibrated)
+            if allowed is not None:
+                raise OptionError("max_drop and max_size each choose for all Linears: give one of them.")
+        return Request(options, scheme, target, capability, passes, allowed, Stages(options.progress), size)
 
     def data(self, data: Any, source: Source) -> Batches:
         """Data of any kind as batches for the model, as many and as large as the options say."""
@@ -84,20 +92,21 @@ class Quantized:
         batches: its calibration data, or None.
         float_model: the canonical float graph, before any pass but ``normalise``.
         work: the fake-quant graph (``work.model``), the float graph that it is compared with, notes and plans.
-        budget: what runs the passes where a loss is allowed: ``work`` is the canonical float graph then. None: none is.
+        budget: what runs the passes where a loss or a size is given: ``work`` is the canonical float graph then. None:
+            none is.
     """
 
     source: Source
     batches: Batches | None
     float_model: ir.Model
     work: Pipeline
-    budget: Budget | None = None
+    budget: Budget | SizeBudget | None = None
 
 
 def run_passes(model: Any, asked: Request) -> Quantized:
     """Open a model and its data and run the pipeline up to the fake-quant graph.
 
-    Where a loss is allowed, the passes are left to the budget that is returned.
+    Where a loss or a size is given, the passes are left to the budget that is returned.
 
     Raises:
         QCompilerError: one of its kinds, with one sentence, where model or data cannot be used.
@@ -130,8 +139,10 @@ def run_passes(model: Any, asked: Request) -> Quantized:
         )
     _check_globs(work.model, asked.scheme)
     canonical_float = work.model.clone()
-    budget = None
-    if allowed is not None and search is not None and validation is not None:
+    budget: Budget | SizeBudget | None = None
+    if asked.max_size is not None and search is not None:
+        budget = SizeBudget(asked.max_size, search, asked.scheme, asked.target, asked.capability, asked.stages)
+    elif allowed is not None and search is not None and validation is not None:
         budget = Budget(allowed, canonical_float, search, validation, asked.scheme, asked.capability, asked.stages)
     for item in asked.passes if budget is None else ():
         work.apply(item)

@@ -229,6 +229,7 @@ _BAD = {
     "pass option": (_options("--passes", "smooth{alfa=0.5}"), "did you mean 'alpha'"),
     "ignore": (_options("--ignore", "nothing.*"), "matches no Linear"),
     "bits": (_options("--bits", "nothing.*=16"), "matches no Linear"),
+    "size": (_options("--max-size", "much"), "write bytes, or a text like '40MB'"),
     "bits without a number": (_options("--bits", "*down*"), "write GLOB=BITS"),
     "limit": (_options("--limit", "0"), "limit is 0"),
     "existing": (_existing, "--force"),

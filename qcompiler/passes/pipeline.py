@@ -62,13 +62,18 @@ class Pipeline:
         if batches is not None:
             context.collect = functools.partial(self._collect, batches)
 
-    def fork(self, scheme: Scheme | None = None) -> Pipeline:
-        """A copy at this point of the way; with another ``scheme`` than the run's it is a trial, neither shown nor
+    @property
+    def scheme(self) -> Scheme:
+        """What is quantized, and how."""
+        return self._context.scheme
+
+    def fork(self, scheme: Scheme | None = None, trial: bool = True) -> Pipeline:
+        """A copy at this point of the way; with another ``scheme`` than the run's it is a ``trial``, neither shown nor
         timed nor dumped."""
         fork = copy.copy(self)
         fork.model, fork.notes, fork.plans = self.model.clone(), list(self.notes), list(self.plans)
         fork._context = dataclasses.replace(self._context, scheme=scheme or self._context.scheme)
-        if scheme is not None:
+        if scheme is not None and trial:
             fork._stages, fork._progress, fork._dump = lambda name: nullcontext(), False, None
         return fork
 

@@ -87,9 +87,13 @@ class Lowered:
 
 
 class Target(abc.ABC):
-    """A place where compiled models run. Subclasses are frozen dataclasses; their fields are the target's options."""
+    """A place where compiled models run. Subclasses are frozen dataclasses; their fields are the target's options.
+
+    ``runs_graph`` says that the lowered graph is what runs, and all that is saved.
+    """
 
     name: ClassVar[str]
+    runs_graph: ClassVar[bool] = True
 
     @abc.abstractmethod
     def capability(self) -> Capability:

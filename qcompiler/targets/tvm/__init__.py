@@ -39,6 +39,7 @@ class TvmLlvm(Target):
     """
 
     name: ClassVar[str] = "tvm-llvm"
+    runs_graph: ClassVar[bool] = False
     cpu: str | None = None
     full_range: bool = False
 
