@@ -44,7 +44,7 @@ from qcompiler.graph.run import Runner
 from qcompiler.runtime.synthetic import make_feeds
 from qcompiler.targets.tvm.isa import detect, with_narrow_weights
 from qcompiler.targets.tvm.kernels.epilogue import Epilogue
-from qcompiler.targets.tvm.kernels.gemm_int8 import GemmInt8, pack, pad_columns
+from qcompiler.targets.tvm.kernels.gemm_int8 import GemmInt8
 
 SHAPES = ((128, 768, 768), (128, 768, 3072), (128, 3072, 768), (1024, 768, 3072), (1, 768, 3072))
 FOLDER = MODELS / "minilm"
@@ -88,10 +88,11 @@ def gemm(rounds: int) -> dict[str, dict[str, float]]:
         weights = {"weight": weight, "w_scale": scale, "bias": bias}
         weights |= {"x_scale": np.float32(0.02), "x_zero": np.uint8(128)}
         session = session_of(node, {"x": x}, weights)
-        function = tvm.compile(GemmInt8(k, n, epilogue=Epilogue(bias=True)).build(isa, "gemm"), target=isa.target())
+        kernel = GemmInt8(k, n, epilogue=Epilogue(bias=True))
+        function = tvm.compile(kernel.build(isa, "gemm"), target=isa.target())
         y = tvm.runtime.tensor(np.zeros((m, n), np.float32))
         vectors = (weight.sum(0, dtype=np.int32) * 128, scale * np.float32(0.02), bias)
-        arrays = [x.astype(isa.activation), pack(weight, isa), *(pad_columns(v, isa) for v in vectors)]
+        arrays = [x.astype(isa.activation), kernel.pack(weight, isa), *(kernel.pad(v, isa) for v in vectors)]
         tensors = [*map(tvm.runtime.tensor, arrays), y]
         entry = function["gemm"]
         entry(*tensors)

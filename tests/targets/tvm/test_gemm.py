@@ -54,10 +54,10 @@ def run_int8(isa: Isa, shape: tuple[int, int], scales: str, epilogue: Epilogue, 
         columns, residual = weight.sum(0, dtype=np.int32), rng.standard_normal((m, out_features)).astype(np.float32)
         static = scales == "static"
         vectors = [columns * x_zero, w_scale * x_scale] if static else [columns, w_scale]
-        arguments: list[Any] = [stored, gemm_int8.pack(weight, isa)]
-        arguments += [gemm_int8.pad_columns(vector, isa) for vector in vectors]
+        arguments: list[Any] = [stored, gemm.pack(weight, isa)]
+        arguments += [gemm.pad(vector, isa) for vector in vectors]
         arguments += [] if static else [x_scale, x_zero]
-        arguments += [gemm_int8.pad_columns(bias, isa)] if epilogue.bias else []
+        arguments += [gemm.pad(bias, isa)] if epilogue.bias else []
         arguments += [residual] * epilogue.residuals
         arguments += [np.array(STEPS, np.float32)] if epilogue.quantized else []
         y = np.zeros((m, out_features), epilogue.dtype(isa.activation))
@@ -96,7 +96,7 @@ def test_int8_epilogues(shape: tuple[int, int], scales: str, epilogue: Epilogue)
 def test_the_instruction_of_each_processor(cpu: str, instruction: str) -> None:
     isa = detect(cpu)
     text = assembly(gemm_int8.GemmInt8(64, 64), isa)
-    assert text.count(instruction) >= math.prod(isa.tile)
+    assert text.count(instruction) >= 16
     assert ("zmm" in text) == (isa.lanes == 16)
 
 
@@ -117,7 +117,7 @@ def test_float_products(shape: tuple[int, int]) -> None:
     for m in ROWS:
         x = rng.standard_normal((m, shape[0])).astype(np.float32)
         residual, y = rng.standard_normal((m, shape[1])).astype(np.float32), np.zeros((m, shape[1]), np.float32)
-        kernel(x, gemm_f32.pack(weight, isa), gemm_int8.pad_columns(bias, isa), residual, y)
+        kernel(x, gemm_f32.pack(weight, isa), gemm_f32.pad_columns(bias, isa), residual, y)
         expected = finished((x.astype(np.float64) @ weight).astype(np.float32), FULL, bias, residual)
         np.testing.assert_allclose(y, expected, atol=1e-5)
 

@@ -24,7 +24,7 @@ from qcompiler.targets.tvm.emit.linears import (
     zero_of_rows,
 )
 from qcompiler.targets.tvm.emit.movement import expand, transpose
-from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
+from qcompiler.targets.tvm.kernels import gemm_f32
 from qcompiler.targets.tvm.kernels.attention import Attention
 from qcompiler.targets.tvm.kernels.batch_matmul import BatchMatMul
 from qcompiler.targets.tvm.kernels.epilogue import Epilogue
@@ -189,7 +189,7 @@ def convolution(
     packed = gemm_f32.pack(weight.reshape(out, depth).T, builder.isa)
     inputs = [rows, builder.constant(f"{name}.packed", packed)]
     if bias is not None:
-        inputs.append(builder.constant(f"{name}.bias", gemm_int8.pad_columns(bias, builder.isa)))
+        inputs.append(builder.constant(f"{name}.bias", gemm_f32.pad_columns(bias, builder.isa)))
     gemm = gemm_f32.GemmF32(depth, out, Epilogue(bias is not None))
     (y,) = builder.call(gemm, inputs, [((rows.sizes[0], out), "float32")])
     shaped = builder.view(y, (x.sizes[0], *windows, out))

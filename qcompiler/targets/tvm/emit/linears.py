@@ -179,16 +179,17 @@ def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residuals:
     w_scale = np.broadcast_to(scale.astype(np.float32).reshape(-1), linear.out_features)
     sums = weight.sum(axis=0, dtype=np.int32)
     name = linear.weight.name or linear.name
-    inputs = [x.values, builder.constant(f"{name}.packed", gemm_int8.pack(weight, isa))]
+    kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales)
+    inputs = [x.values, builder.constant(f"{name}.packed", kernel.pack(weight, isa))]
     if x.scales == "static":
         offset, scale = sums * np.int32(x.zero_point), w_scale * np.float32(x.scale)
     else:
         offset, scale = sums, w_scale
     for suffix, vector in (("offset", offset), ("scale", scale)):
-        inputs.append(builder.constant(f"{linear.name}.{suffix}", gemm_int8.pad_columns(vector, isa)))
+        inputs.append(builder.constant(f"{linear.name}.{suffix}", kernel.pad(vector, isa)))
     inputs += [tensor for tensor in (x.x_scale, x.x_zero) if tensor is not None]
-    epilogue = epilogue_of(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
-    kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales, epilogue)
+    epilogue = epilogue_of(builder, fused, bias, residuals, inputs, kernel.pad)
+    kernel = dataclasses.replace(kernel, epilogue=epilogue)
     return emit_call(builder, kernel, inputs, x.values.sizes[0], (*x.sizes[:-1], linear.out_features))
 
 
@@ -200,7 +201,7 @@ def emit_float(
     rows = builder.rows(x)
     name = linear.weight.name or linear.name
     inputs = [rows, builder.constant(f"{name}.float", gemm_f32.pack(weight, isa))]
-    epilogue = epilogue_of(builder, fused, bias, residuals, inputs, gemm_int8.pad_columns)
+    epilogue = epilogue_of(builder, fused, bias, residuals, inputs, gemm_f32.pad_columns)
     kernel = gemm_f32.GemmF32(linear.in_features, linear.out_features, epilogue)
     return emit_call(builder, kernel, inputs, rows.sizes[0], (*x.sizes[:-1], linear.out_features))
 

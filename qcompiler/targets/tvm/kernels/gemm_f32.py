@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.targets.tvm.builder import at, kernel_named, size, spread, store, zeros
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, Finisher
-from qcompiler.targets.tvm.kernels.gemm_int8 import blocked
+from qcompiler.targets.tvm.kernels.gemm_int8 import blocked, pad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +59,9 @@ def pack(weight: npt.NDArray[np.float32], isa: Isa) -> npt.NDArray[np.float32]:
     whole = np.zeros((in_features, panels * width), np.float32)
     whole[:, :out_features] = weight
     return np.ascontiguousarray(whole.reshape(in_features, panels, width).transpose(1, 0, 2))
+
+
+def pad_columns(vector: npt.NDArray[Any], isa: Isa) -> npt.NDArray[Any]:
+    """[N] to [padded N]."""
+    width = isa.lanes * isa.tile[1]
+    return pad(vector, -(-len(vector) // width) * width)
