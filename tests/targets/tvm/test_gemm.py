@@ -15,7 +15,7 @@ pytest.importorskip("tvm")
 from qcompiler.targets.tvm.isa import fits_maddubs
 from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
 from qcompiler.targets.tvm.kernels.batch_matmul import BatchMatMul
-from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, quantize_reference
+from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, inverse, quantize_reference
 
 ROWS = (1, 2, 3, 7, 96, 97, 257)
 STEPS = (0.03, 100)
@@ -59,7 +59,7 @@ def run_int8(isa: Isa, shape: tuple[int, int], scales: str, epilogue: Epilogue, 
         arguments += [] if static else [x_scale, x_zero]
         arguments += [gemm.pad(bias, isa)] if epilogue.bias else []
         arguments += [residual] * epilogue.residuals
-        arguments += [np.array(STEPS, np.float32)] if epilogue.quantized else []
+        arguments += [np.array([inverse(STEPS[0]), STEPS[1]], np.float32)] if epilogue.quantized else []
         y = np.zeros((m, out_features), epilogue.dtype(isa.activation))
         kernel(*arguments, y)
         expected = finished(sums, epilogue, bias, residual)

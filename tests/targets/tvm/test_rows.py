@@ -18,7 +18,8 @@ from qcompiler.targets.tvm.kernels.pointwise import Pointwise
 from qcompiler.targets.tvm.kernels.quantize import Quantize
 from qcompiler.targets.tvm.kernels.softmax import Softmax
 
-STEPS = np.array([0.02, 100], np.float32)
+SCALE, ZERO = np.float32(0.02), 100
+STEPS = np.array([1 / SCALE, ZERO], np.float32)
 
 
 def padded(count: int) -> int:
@@ -27,7 +28,7 @@ def padded(count: int) -> int:
 
 def check_integers(q: np.ndarray, x: np.ndarray, scale: Any, zero: Any) -> None:
     """Ties to even, saturated, and zeros behind each row."""
-    expected = np.clip(np.rint(x / np.float32(1) / scale) + zero, 0, 255)
+    expected = np.clip(np.rint(x * (np.float32(1) / scale)) + zero, 0, 255)
     np.testing.assert_array_equal(q[:, : x.shape[1]], expected)
     assert not q[:, x.shape[1] :].any()
 
@@ -41,7 +42,7 @@ def test_quantize(count: int, granularity: str) -> None:
         q = np.full((m, padded(count)), 7, here().activation)
         if granularity == "static":
             kernel(x, STEPS, q)
-            check_integers(q, x, *STEPS)
+            check_integers(q, x, SCALE, ZERO)
             continue
         scale, zero = np.zeros(m if granularity == "row" else 1, np.float32), np.zeros(1, np.int32).repeat(m)
         zero = zero[: len(scale)].copy()
@@ -84,7 +85,7 @@ def test_norm(count: int, quantized: str, centred: bool) -> None:
     expected = moved / np.sqrt((moved**2).mean(1, keepdims=True) + 1e-5) * weight + (bias if centred else 0)
     np.testing.assert_allclose(y, expected, atol=2e-6)
     if quantized == "static":
-        check_integers(q, y, *STEPS)
+        check_integers(q, y, SCALE, ZERO)
     if quantized == "row":
         check_integers(q, y, scale[:, None], 128)
 
@@ -158,12 +159,12 @@ def test_smoothing_inside_the_quantizer(granularity: str) -> None:
     after = [q] if granularity == "static" else [q, scale, zero]
     steps = [STEPS] if granularity == "static" else []
     compiled(Quantize(count, granularity, True), here())(x, multiplier, *steps, *after)
-    column = (np.full((m, 1), STEPS[0]), STEPS[1]) if granularity == "static" else (scale[:, None], 128)
+    column = (np.full((m, 1), SCALE), ZERO) if granularity == "static" else (scale[:, None], 128)
     check_integers(q, x * multiplier, *column)
     y, weight = np.zeros_like(x), np.ones(count, np.float32)
     kernel = compiled(Norm(count, 1e-5, False, False, granularity, True), here())
     kernel(x, weight, multiplier, *steps, y, *after)
-    column = (np.full((m, 1), STEPS[0]), STEPS[1]) if granularity == "static" else (scale[:, None], 128)
+    column = (np.full((m, 1), SCALE), ZERO) if granularity == "static" else (scale[:, None], 128)
     check_integers(q, y * multiplier, *column)
     np.testing.assert_allclose(y, x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5), atol=1e-6)
 

@@ -19,7 +19,7 @@ from qcompiler.targets.tvm.emit.dims import Size
 from qcompiler.targets.tvm.emit.fusion import Fused, is_static
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels import gemm_f32, gemm_int8
-from qcompiler.targets.tvm.kernels.epilogue import Epilogue
+from qcompiler.targets.tvm.kernels.epilogue import Epilogue, inverse
 from qcompiler.targets.tvm.kernels.quantize import Quantize
 from qcompiler.targets.tvm.kernels.quantize_groups import QuantizeGroups
 
@@ -90,7 +90,8 @@ def grouped_outputs(m: Size, count: int, group_size: int) -> list[tuple[Sequence
 def steps_tensor(builder: Builder, quant: ir.Node) -> Tensor:
     """Scale and zero point as the kernels' argument."""
     name = f"{quant.inputs[1].name if quant.inputs[1] else ''}.steps"
-    return builder.constant(name, np.array(static_steps(quant), np.float32))
+    scale, zero_point = static_steps(quant)
+    return builder.constant(name, np.array([inverse(scale), zero_point], np.float32))
 
 
 def quantize(builder: Builder, quant: ir.Node, x: Tensor, multiplier: Tensor | None = None) -> Integers:

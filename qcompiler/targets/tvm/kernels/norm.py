@@ -7,11 +7,14 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.targets.tvm.builder import at, columns, f32, horizontal, kernel_named, local, size, spread, store
+from qcompiler.targets.tvm.builder import at, columns, f32, horizontal, kernel_named, local, size, spread, store, zeros
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import STEPS
 from qcompiler.targets.tvm.kernels.quantize import dynamic_row, smoothed, static_row
 from qcompiler.targets.tvm.kernels.quantize_groups import group_arguments, grouped_row
+
+CHAINS = 4
+"""Sums of a row that are made side by side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +89,21 @@ class Norm:
         columns(count, isa.lanes, body)
 
     def _sum(self, isa: Isa, term: Any) -> Any:
-        sums = local(isa.lanes)
-        store(sums, [at(0, isa.lanes)], f32(0.0, isa.lanes))
-        columns(self.features, isa.lanes, lambda c, w: store(sums, [at(0, w)], sums[at(0, w)] + term(c, w)))
-        return horizontal(sums, isa.lanes, lambda a, b: a + b)
+        """In four chains: an addition waits for the one before it."""
+        lanes = isa.lanes
+        sums = zeros(CHAINS, lanes)
+
+        def add(chain: int, c: Any, w: int) -> None:
+            here = at(chain * lanes, w)
+            store(sums, [here], sums[here] + term(c, w))
+
+        whole = self.features // (CHAINS * lanes)
+        with T.serial(0, whole) as step:
+            for chain in range(CHAINS):
+                add(chain, (step * CHAINS + chain) * lanes, lanes)
+        done = whole * CHAINS * lanes
+        columns(self.features - done, lanes, lambda c, w: add(0, done + c, w))
+        return horizontal(sums, CHAINS * lanes, lambda a, b: a + b)
 
 
 def _squared(x: Any) -> Any:

@@ -148,12 +148,14 @@ def static_row(x: Load, row: Any, q: Any, count: int, padded: int, steps: Any, i
 def dynamic_row(
     x: Load, row: Any, q: Any, count: int, padded: int, x_scale: Any, x_zero: Any, zero_point: int, isa: Isa
 ) -> None:
-    """One row by its own scale: round(x / scale) + zero_point."""
+    """One row by its own scale: round(x · (1 / scale)) + zero_point."""
     store(x_scale, [row], row_scale(x, row, count, zero_point, isa))
     store(x_zero, [row], i32(zero_point))
+    inverse = local(1)
+    store(inverse, [0], f32(1.0) / x_scale[row])
 
     def body(c: Any, w: int) -> None:
-        steps = round_even(x(row, c, w) / spread(x_scale[row], w)) + f32(zero_point, w)
+        steps = round_even(x(row, c, w) * spread(inverse[0], w)) + f32(zero_point, w)
         store(q, [row, at(c, w)], cast(cast(steps, "int32"), isa.activation))
 
     columns(count, isa.lanes, body)
