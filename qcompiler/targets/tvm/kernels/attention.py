@@ -113,13 +113,11 @@ class _Builder:
         self._products(first, height)
         inverse = local(height)
         for r in range(height):
-            with T.serial(0, self.stride - t) as rest:
-                store(self.scores, [r * self.stride + t + rest], f32(float("-inf")))
             self._softmax(first + r, r, t, inverse)
         self._values(first, height, t, inverse)
 
     def _products(self, first: Any, height: int) -> None:
-        """scores[r, :] = scale · q[first + r] · kᵀ."""
+        """scores[r, :] = q[first + r] · kᵀ."""
         a, lanes, vectors = self.a, self.isa.lanes, self.vectors
         with T.serial(0, self.blocks) as block:
             sums = zeros(height * vectors, lanes)
@@ -134,39 +132,37 @@ class _Builder:
             for r in range(height):
                 for j in range(vectors):
                     column = r * self.stride + (block * vectors + j) * lanes
-                    value = sums[at((r * vectors + j) * lanes, lanes)] * f32(a.scale, lanes)
-                    store(self.scores, [at(column, lanes)], value)
+                    store(self.scores, [at(column, lanes)], sums[at((r * vectors + j) * lanes, lanes)])
 
     def _softmax(self, row: Any, r: int, t: Any, inverse: Any) -> None:
         """Exponentials in place; ``inverse[r]`` is one over their sum, or 0 where all are 0.
 
-        Whole vectors throughout: behind the row stand -inf. What was stored is read back: an expression is evaluated
-        wherever it stands.
+        What was stored is read back: an expression is evaluated wherever it stands.
         """
         lanes, base = self.isa.lanes, r * self.stride
-        if self.mask is not None:
+        largest, total = local(lanes), local(lanes)
+        store(largest, [at(0, lanes)], f32(float("-inf"), lanes))
+        store(total, [at(0, lanes)], f32(0.0, lanes))
 
-            def masked(c: Any, w: int) -> None:
-                here = at(base + c, w)
-                store(self.scores, [here], self.scores[here] + self._mask(row, c, w))
+        def masked(c: Any, w: int) -> None:
+            value = self.scores[at(base + c, w)] * f32(self.a.scale, w)
+            if self.mask is not None:
+                value = value + self._mask(row, c, w)
+            store(self.scores, [at(base + c, w)], value)
+            store(largest, [at(0, w)], tirx.max(largest[at(0, w)], self.scores[at(base + c, w)]))
 
-            columns(t, lanes, masked)
-        largest, total = local(self.vectors * lanes), zeros(self.vectors, lanes)
-        for j in range(self.vectors):
-            store(largest, [at(j * lanes, lanes)], f32(float("-inf"), lanes))
-        with T.serial(0, self.blocks) as block:
-            for j in range(self.vectors):
-                here, chain = at(base + (block * self.vectors + j) * lanes, lanes), at(j * lanes, lanes)
-                store(largest, [chain], tirx.max(largest[chain], self.scores[here]))
+        columns(t, lanes, masked)
         top = local(1)
-        store(top, [0], horizontal(largest, self.vectors * lanes, tirx.max))
+        store(top, [0], horizontal(largest, lanes, tirx.max))
         store(top, [0], tirx.Select(top[0] > f32(float("-inf")), top[0], f32(0.0)))
-        with T.serial(0, self.blocks) as block:
-            for j in range(self.vectors):
-                here, chain = at(base + (block * self.vectors + j) * lanes, lanes), at(j * lanes, lanes)
-                store(self.scores, [here], exp(self.scores[here] - spread(top[0], lanes)))
-                store(total, [chain], total[chain] + self.scores[here])
-        store(top, [0], horizontal(total, self.vectors * lanes, lambda x, y: x + y))
+
+        def exponential(c: Any, w: int) -> None:
+            value = exp(self.scores[at(base + c, w)] - spread(top[0], w))
+            store(self.scores, [at(base + c, w)], value)
+            store(total, [at(0, w)], total[at(0, w)] + self.scores[at(base + c, w)])
+
+        columns(t, lanes, exponential)
+        store(top, [0], horizontal(total, lanes, lambda x, y: x + y))
         store(inverse, [r], tirx.Select(top[0] > f32(0.0), f32(1.0) / top[0], f32(0.0)))
 
     def _mask(self, row: Any, column: Any, lanes: int) -> Any:

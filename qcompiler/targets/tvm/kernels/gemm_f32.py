@@ -35,16 +35,16 @@ class GemmF32:
             finisher = Finisher(self.epilogue, kernel, m, isa, self.out_features, panels * width)
 
             def tile(panel: Any, row: Any, rows: int) -> None:
-                sums = zeros(rows * vectors, lanes)
+                sums = [zeros(vectors, lanes) for _ in range(rows)]
                 with T.serial(0, self.in_features) as k:
                     columns = [weight[panel, k, at(j * lanes, lanes)] for j in range(vectors)]
                     for r in range(rows):
                         for j in range(vectors):
-                            here = at((r * vectors + j) * lanes, lanes)
-                            store(sums, [here], sums[here] + spread(x[row + r, k], lanes) * columns[j])
+                            here = at(j * lanes, lanes)
+                            store(sums[r], [here], sums[r][here] + spread(x[row + r, k], lanes) * columns[j])
                 for r in range(rows):
                     for j in range(vectors):
-                        value = sums[at((r * vectors + j) * lanes, lanes)]
+                        value = sums[r][at(j * lanes, lanes)]
                         finisher.write(row + r, (panel * vectors + j) * lanes, value)
 
             blocked(m, panels, height, tile)
