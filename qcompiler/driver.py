@@ -123,7 +123,7 @@ def compile_as(
             coverage=finished.coverage,
             batches=ready.batches,
             seconds=asked.stages.seconds,
-            executable=finished.lowered.executable,
+            executable=finished.lowered.executable if finished.lowered.runs else None,
         )
     compiled = CompiledModel(
         model=finished.work.model,

@@ -9,6 +9,7 @@ TARGETS = {
     "ort-cpu": "qcompiler.targets.ort:OrtCpu",
     "onnx": "qcompiler.targets.portable:Portable",
     "tvm-llvm": "qcompiler.targets.tvm:TvmLlvm",
+    "tvm-cuda": "qcompiler.targets.tvm.cuda:TvmCuda",
 }
 
 

@@ -79,11 +79,13 @@ class Lowered:
         nodes: name of each quantized Linear -> name of the lowered node that computes it (several may share one).
         notes: decisions: which kernel, which fusion, and what stayed as it was, with the reason.
         executable: what runs; None: the lowered graph does, in ONNX Runtime.
+        runs: whether the executable runs on this machine; errors are measured on the graph where it does not.
     """
 
     nodes: Mapping[str, str]
     notes: tuple[Note, ...] = ()
     executable: Executable | None = None
+    runs: bool = True
 
 
 class Target(abc.ABC):

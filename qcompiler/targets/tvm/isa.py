@@ -78,7 +78,7 @@ class Isa:
         Args:
             sums: int32 x lanes.
             activation: ``group`` values of type :attr:`activation`, as one int32.
-            weights: int8 x (lanes * group), as :meth:`qcompiler.targets.tvm.kernels.gemm_int8.GemmInt8.pack` gives them.
+            weights: int8 x (lanes * group), as :meth:`qcompiler.targets.tvm.kernels.gemm_int8.GemmInt8.pack` has it.
         """
         lanes = self.lanes
         spread = T.broadcast(activation, lanes)
