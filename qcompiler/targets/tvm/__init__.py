@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,12 +37,14 @@ class TvmLlvm(Target):
     Attributes:
         cpu: LLVM's name of the processor to compile for, e.g. "znver4"; None: this machine's.
         full_range: keep all 8 bits of weights where the processor has no VNNI; the kernel for 7 bits is faster there.
+        tune: measure how each shape of 8-bit Linear is best cut, once a processor: seconds for each new shape.
     """
 
     name: ClassVar[str] = "tvm-llvm"
     runs_graph: ClassVar[bool] = False
     cpu: str | None = None
     full_range: bool = False
+    tune: bool = False
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("tvm") is None:
@@ -65,17 +68,26 @@ class TvmLlvm(Target):
         narrow = detect(self.cpu).dot == "maddwd" and not self.full_range
         return Capability(self.name, tuple(kernels), reduce_range=narrow)
 
+    def tables(self) -> Mapping[str, str]:
+        """The digest of the measured tilings, where they are asked for."""
+        if not self.tune:
+            return {}
+        from qcompiler.targets.tvm.tuning import digest
+
+        return {"tilings": digest()}
+
     def lower(self, model: ir.Model) -> Lowered:
         """Compile; the model stays the canonical quantized graph.
 
         Raises:
-            TargetError: a node that cannot be compiled, by name.
+            TargetError: a node that cannot be compiled, by name; or a processor to tune for that is not this one.
+            ArtefactError: the file of tilings cannot be read.
         """
         from qcompiler.targets.tvm.emit.graph import emit
         from qcompiler.targets.tvm.engine import build
         from qcompiler.targets.tvm.isa import detect
 
-        emitted = emit(model, detect(self.cpu))
+        emitted = emit(model, detect(self.cpu), self.tune)
         nodes = {name: kernel for name, kernel in emitted.nodes.items() if kernel != FLOAT}
         return Lowered(nodes, emitted.notes, build(model, emitted))
 

@@ -89,7 +89,7 @@ class Engine:
         """
         self.interface.check(feeds)
         arguments = [tvm.runtime.tensor(np.asarray(feeds[name], order="C")) for name in self.interface.inputs]
-        _use_threads(threads)
+        use_threads(threads)
         try:
             results = self._main(*arguments, *self._arguments)
         except Exception as error:
@@ -124,7 +124,7 @@ class Engine:
 _threads: int | None = None
 
 
-def _use_threads(count: int) -> None:
+def use_threads(count: int) -> None:
     """Narrow TVM's thread pool, which all engines of a process share; 0 is all of it."""
     global _threads
     if count != _threads:  # configuring it again makes the next parallel loop dearer

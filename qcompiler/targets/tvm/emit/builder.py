@@ -37,10 +37,12 @@ class Builder:
     Args:
         isa: what kernels are made for.
         symbols: names of the open axes.
+        tiling: how an 8-bit product of so many input and output features is cut; None: by default.
     """
 
-    def __init__(self, isa: Isa, symbols: Sequence[str]) -> None:
+    def __init__(self, isa: Isa, symbols: Sequence[str], tiling: Callable[[int, int], Any] | None = None) -> None:
         self.isa = isa
+        self.tiling = tiling or (lambda in_features, out_features: None)
         self.block = relax.BlockBuilder()
         self.symbols = {name: tirx.Var(name, "int64") for name in symbols}
         self.constants: dict[str, npt.NDArray[Any]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,13 @@ def axis_name(axis: int) -> str:
     return AXES[axis] if axis < len(AXES) else f"axis{axis}"
 
 
-def emit(model: ir.Model, isa: Isa) -> Emitted:
+def emit(model: ir.Model, isa: Isa, tune: bool = False) -> Emitted:
     """Emit a folded canonical graph; the model is not changed.
+
+    Args:
+        model: the graph.
+        isa: what kernels are made for.
+        tune: measure how products are best cut.
 
     Raises:
         TargetError: a node that is not understood, or whose sizes are not known.
@@ -73,17 +78,21 @@ def emit(model: ir.Model, isa: Isa) -> Emitted:
     weights = [array_of(linear.weight) for linear in linears(model) if products.refusal(linear) is None]
     if weights and all(weight is not None and fits_maddubs(weight) for weight in weights):
         isa = with_narrow_weights(isa)
-    return _Emitter(model, isa).emit()
+    if not tune:
+        return _Emitter(model, isa).emit()
+    from qcompiler.targets.tvm.tuning import Tuner
+
+    return _Emitter(model, isa, Tuner(isa).tiling).emit()
 
 
 class _Emitter:
-    def __init__(self, model: ir.Model, isa: Isa) -> None:
+    def __init__(self, model: ir.Model, isa: Isa, tiling: Callable[[int, int], Any] | None = None) -> None:
         self.model = model
         self.inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
         names = {
             axis_name(i) for value in self.inputs for i, d in enumerate(value.shape or ()) if not isinstance(d, int)
         }
-        self.builder = Builder(isa, sorted(names))
+        self.builder = Builder(isa, sorted(names), tiling)
         self.facts = concrete_shapes(model)
         self.values: dict[ir.Value, Tensor] = {}
         self.numbers: dict[ir.Value, Numbers] = {}

@@ -180,7 +180,8 @@ def emit_int8(builder: Builder, fused: Fused, x: Integers, bias: Any, residuals:
     w_scale = np.broadcast_to(scale.astype(np.float32).reshape(-1), linear.out_features)
     sums = weight.sum(axis=0, dtype=np.int32)
     name = linear.weight.name or linear.name
-    kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales)
+    tiling = builder.tiling(linear.in_features, linear.out_features)
+    kernel = gemm_int8.GemmInt8(linear.in_features, linear.out_features, x.scales, tiling=tiling)
     inputs = [x.values, builder.constant(f"{name}.packed", kernel.pack(weight, isa))]
     if x.scales == "static":
         offset, scale = sums * np.int32(x.zero_point), w_scale * np.float32(x.scale)
