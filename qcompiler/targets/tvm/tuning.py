@@ -37,7 +37,9 @@ def candidates(isa: Isa) -> list[Tiling]:
     """Tiles whose accumulators, weights and one activation fit in the registers."""
     tiles = ((4, 4), (6, 4), (8, 3), (8, 2), (12, 2), (6, 2), (4, 2), (8, 1), (12, 1), (3, 3))
     blocks = (96, 192, 384)
-    fit = [tile for tile in tiles if isa.registers // 2 <= tile[0] * tile[1] and (tile[0] + 1) * tile[1] < isa.registers]
+    fit = [
+        tile for tile in tiles if isa.registers // 2 <= tile[0] * tile[1] and (tile[0] + 1) * tile[1] < isa.registers
+    ]
     return [Tiling(*tile, block) for tile in fit for block in blocks]
 
 

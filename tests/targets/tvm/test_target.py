@@ -44,7 +44,9 @@ def check_outputs(name: str, compiled: qcompiler.CompiledModel) -> None:
         keep = mask == 1 if mask is not None else np.ones(want.shape[:-1], bool)
         want, got = want[keep].astype(np.float64), got[keep]
         signal, noise = signal + (want**2).sum(), noise + ((got - want) ** 2).sum()
-    assert 10 * np.log10(signal / noise) > 45  # pooled: one step at the head of a sequence moves all of it (41 dB, gpt2)
+    assert (
+        10 * np.log10(signal / noise) > 45
+    )  # pooled: one step at the head of a sequence moves all of it (41 dB, gpt2)
 
 
 @pytest.mark.parametrize(

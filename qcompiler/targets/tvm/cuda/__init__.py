@@ -39,7 +39,9 @@ class TvmCuda(Target):
         if importlib.util.find_spec("tvm") is None:
             raise TargetError("target 'tvm-cuda' needs Apache TVM: pip install 'qcompiler[tvm]'.")
         if self.arch not in ARCHITECTURES:
-            raise TargetError(f"target 'tvm-cuda' has no architecture {self.arch!r}: take one of {list(ARCHITECTURES)}.")
+            raise TargetError(
+                f"target 'tvm-cuda' has no architecture {self.arch!r}: take one of {list(ARCHITECTURES)}."
+            )
 
     def capability(self) -> Capability:
         """8-bit weights by channel with 8-bit inputs, and 4-bit weights by group with float16 inputs."""

@@ -50,5 +50,7 @@ def compile_cubin(source: Path, arch: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise TargetError(f"nvcc does not compile {source.name} for {arch}: {lines[0] if lines else 'no reason given'}.")
+        raise TargetError(
+            f"nvcc does not compile {source.name} for {arch}: {lines[0] if lines else 'no reason given'}."
+        )
     return cubin
