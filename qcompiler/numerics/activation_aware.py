@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.numerics.site_channels import Channels
 from qcompiler.numerics.site_judge import Transform
-from qcompiler.numerics.site_search import Channels
 
 Array = npt.NDArray[Any]
 Vector = npt.NDArray[np.float32]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.numerics.site_channels import Channels
 from qcompiler.numerics.site_judge import Transform
-from qcompiler.numerics.site_search import Channels
 from qcompiler.numerics.smoothing import smoothing_scale
 
 Array = npt.NDArray[Any]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.numerics.site_channels import Channels, channels_of
 from qcompiler.numerics.site_judge import Judge, Reader, Transform
 from qcompiler.numerics.smoothing import smoothing_scale
 from qcompiler.scheme import TensorSpec
@@ -25,25 +26,6 @@ FLOORS = (2.0,)
 MARGINS = (1.0, 1.2, 1.5, 2.0)
 ZERO_POINTS = (128, 96, 64, 48, 32, 24, 16, 8, 160, 192, 208, 224, 240)
 SHIFTS = ("mean", "midpoint")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Channels:
-    """What is known of a site's channels, from one fold of the samples or from all.
-
-    Attributes:
-        low, high, mean: float32 [channels] of the activation.
-        weight: float32 [channels], max|W| over all Linears that read the channel; 0 where the scale must stay 1.
-        magnitude: float32 [channels], mean|x|.
-        fixed: bool [channels], where the shift must stay 0.
-    """
-
-    low: Vector
-    high: Vector
-    mean: Vector
-    weight: Vector
-    magnitude: Vector
-    fixed: npt.NDArray[np.bool_]
 
 
 class Candidate(Protocol):
@@ -60,11 +42,14 @@ class Smoothing:
         alpha: migration strength; None: no scale.
         floor: see :func:`qcompiler.numerics.smoothing.smoothing_scale`.
         shift: "none", "midpoint" (of each channel's range) or "mean".
+        by: "max": the paper's max|x| and max|W|; "rms": max|x| and the root mean square of W; "fourth": the fourth
+            root of the mean x^4, and of W as before.
     """
 
     alpha: float | None = None
     floor: float = 0.0
     shift: str = "none"
+    by: str = "max"
 
     def __call__(self, channels: Channels) -> Transform:
         shift = None
@@ -73,16 +58,23 @@ class Smoothing:
             shift = np.where(channels.fixed, np.float32(0), middle)
         if self.alpha is None:
             return Transform(None, shift)
-        low, high = (channels.low, channels.high) if shift is None else (channels.low - shift, channels.high - shift)
-        absmax = np.maximum(np.abs(low), np.abs(high))
-        return Transform(smoothing_scale(absmax, channels.weight, self.alpha, floor=self.floor), shift)
+        loud = channels.fourth_moment(shift) if self.by == "fourth" else channels.absmax(shift)
+        weight = channels.weight if self.by == "max" else channels.weight_rms
+        return Transform(smoothing_scale(loud, weight, self.alpha, floor=self.floor), shift)
 
     def __str__(self) -> str:
-        parts = [] if self.alpha is None else [f"smooth alpha={self.alpha:g}"]
+        of = {"max": "", "rms": ", rms of W", "fourth": ", fourth moment"}[self.by]
+        parts = [] if self.alpha is None else [f"smooth alpha={self.alpha:g}{of}"]
         return " + ".join(([f"shift {self.shift}"] if self.shift != "none" else []) + parts) or "nothing"
 
 
 PLAIN = Smoothing()
+SCALES = (
+    *(Smoothing(alpha, floor, by="rms") for alpha in (0.5, 0.65, 0.8, 1.0) for floor in (1.0, 2.0)),
+    *(Smoothing(alpha, 1.0, by="fourth") for alpha in (0.35, 0.5, 0.65)),
+)
+"""The best of many on held-out rows of MiniLM and SmolLM2: by maxima where ranges are static and saturate, by fourth
+moments where each token has a range of its own, which the rarest maxima do not set."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,7 +136,7 @@ class SiteSearch:
         self._judges = [Judge(reader, self.judged, weight, reduce_range, loss) for reader in readers]
         folds = min(len(reader.low) for reader in readers)
         self._errors: dict[Candidate, Judged] = {}
-        parts = [_channels(readers, fold, channels, blocked, fixed) for fold in [*range(folds), None]]
+        parts = [channels_of(readers, fold, channels, blocked, fixed) for fold in [*range(folds), None]]
         self.folds, self.whole = parts[:-1], parts[-1]
 
     def judge(self, transforms: Sequence[Transform]) -> Judged:
@@ -192,22 +184,26 @@ def search_smoothing(
     *,
     alphas: Sequence[float] = ALPHAS,
     floors: Sequence[float] = FLOORS,
+    scales: Sequence[Smoothing] = (),
     shifts: Sequence[str] = (),
     keep_plain: bool = True,
     price: Callable[[Transform], float] = free,
 ) -> Choice:
-    """Try no transform, each alpha with each floor, each shift, and each shift with the best alpha.
+    """Try no transform, each scale, each shift, and each shift with the best scale.
 
     Args:
+        alphas, floors: SmoothQuant's equation 4 with each of these.
+        scales: other scales to try.
         price: factor on the error of a transform, for what it costs at run time.
     """
-    choice = search.best([Smoothing(alpha, floor) for alpha in alphas for floor in floors], price, keep_plain)
+    papers = [Smoothing(alpha, floor) for alpha in alphas for floor in floors]
+    choice = search.best([*papers, *scales], price, keep_plain)
     if not shifts:
         return choice
     found = choice.candidate
     assert isinstance(found, Smoothing)
-    scales = [found] if found == PLAIN or not keep_plain else [PLAIN, found]
-    shifted = [dataclasses.replace(each, shift=shift) for each in scales for shift in shifts]
+    kept = [found] if found == PLAIN or not keep_plain else [PLAIN, found]
+    shifted = [dataclasses.replace(each, shift=shift) for each in kept for shift in shifts]
     return search.best([found, *shifted] if keep_plain else shifted, price, keep_plain)
 
 
@@ -242,29 +238,3 @@ def with_margin(spec: TensorSpec, margin: float) -> TensorSpec:
     if spec.dynamic or spec.observer != "minmax" or margin == 1:
         return spec
     return dataclasses.replace(spec, observer=f"minmax{{margin={margin:g}}}")
-
-
-def _channels(
-    readers: Sequence[Reader], fold: int | None, channels: int, blocked: Array | None, fixed: Array | None
-) -> Channels:
-    low, high = np.full(channels, np.inf, np.float32), np.full(channels, -np.inf, np.float32)
-    weight, total, absolute, count = (np.zeros(channels, t) for t in (np.float32, float, float, float))
-    for reader in readers:
-        carried = reader.columns >= 0
-        columns = reader.columns[carried]
-        lowest, highest = (reader.low, reader.high) if fold is None else (reader.low[[fold]], reader.high[[fold]])
-        np.minimum.at(low, columns, lowest.min(0)[carried])
-        np.maximum.at(high, columns, highest.max(0)[carried])
-        np.maximum.at(weight, columns, np.abs(reader.weight).max(1)[carried])
-        rows = reader.rows if fold is None else reader.rows[reader.fold == fold]
-        if len(rows) == 0:  # a fold that no sampled row is of
-            rows = reader.rows
-        np.add.at(total, columns, rows.sum(0, dtype=np.float64)[carried])
-        np.add.at(absolute, columns, np.abs(rows).sum(0, dtype=np.float64)[carried])
-        np.add.at(count, columns, len(rows))
-    unread = low > high
-    low[unread] = high[unread] = 0
-    if blocked is not None:
-        weight[blocked] = 0  # as a dead channel: its scale is 1
-    mean, magnitude = ((sums / np.maximum(count, 1)).astype(np.float32) for sums in (total, absolute))
-    return Channels(low, high, mean, weight, magnitude, np.zeros(channels, bool) if fixed is None else fixed)

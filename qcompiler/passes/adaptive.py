@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qcompiler.core import FoldPlan, Note, StatRequest
 from qcompiler.graph.linear import linears
 from qcompiler.numerics.site_judge import Reader
-from qcompiler.numerics.site_search import SHIFTS, Choice, SiteSearch, search_smoothing
+from qcompiler.numerics.site_search import SCALES, SHIFTS, Choice, SiteSearch, search_smoothing
 from qcompiler.passes.annotate import leave_weight
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.insert import Insert
@@ -33,7 +33,6 @@ class Adaptive(Pass):
 
     Attributes:
         rounds: how often the model is run anew, quantized as far as is decided; 1: all sites are judged in float.
-        floor: see :class:`qcompiler.passes.smooth.Smooth`.
         fold_gain: a transform that is folded away must lower the site's squared error by this factor at least.
         insert_gain: the same for each operator that is put in.
         shift_all_linears, smooth_all_linears: whether operators may be put in where nothing absorbs a shift, a scale.
@@ -43,7 +42,6 @@ class Adaptive(Pass):
     name: ClassVar[str] = "adaptive"
     float_exact: ClassVar[bool] = True
     rounds: int = 2
-    floor: float = 2.0
     fold_gain: float = 1.02
     insert_gain: float = 1.1
     shift_all_linears: bool = False
@@ -79,7 +77,7 @@ class Adaptive(Pass):
         return PassResult(bool(plans), tuple(notes), tuple(plans))
 
     def _search(self, search: SiteSearch, price: Price, sites: Sequence[Site]) -> Choice:
-        return search_smoothing(search, floors=(self.floor,), shifts=SHIFTS, price=price)
+        return search_smoothing(search, alphas=(), scales=SCALES, shifts=SHIFTS, price=price)
 
     def _read(self, seen: Stats, ctx: Context, site: Site) -> list[Reader]:
         return readers_of(site, seen, self.rows, ctx)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import StatRequest, unknown
+from qcompiler.numerics.site_channels import Channels
 from qcompiler.numerics.site_judge import Transform
-from qcompiler.numerics.site_search import SHIFTS, Candidate, Channels, Choice, SiteSearch, Smoothing
+from qcompiler.numerics.site_search import SHIFTS, Candidate, Choice, SiteSearch, Smoothing
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import quantized
 from qcompiler.passes.site_choice import Price, Rules, choose_everywhere, readers_of, sample_requests

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcompiler.numerics.activation_aware import ActivationAware, awq_scale
-from qcompiler.numerics.site_search import Channels
+from qcompiler.numerics.site_channels import Channels
 
 MAGNITUDES = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(2.0**-10, 2.0**10, width=32))
 ALPHA = st.floats(0, 1)
@@ -39,5 +39,5 @@ def test_dead_channels_take_one_and_faint_ones_are_lifted() -> None:
 def test_blocked_channels_stay() -> None:
     zeros = np.zeros(3, np.float32)
     weight = np.array([1, 0, 1], np.float32)  # 0: the scale must stay 1
-    channels = Channels(zeros, zeros, zeros, weight, np.array([9, 9, 1], np.float32), zeros.astype(bool))
+    channels = Channels(zeros, zeros, zeros, weight, weight, np.array([9, 9, 1], np.float32), zeros.astype(bool))
     np.testing.assert_allclose(ActivationAware(0.5)(channels).scale, [3**0.5, 1, 3**-0.5], rtol=1e-6)

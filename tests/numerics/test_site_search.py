@@ -21,6 +21,7 @@ from qcompiler.numerics.site_search import (
     ALPHAS,
     FLOORS,
     PLAIN,
+    SCALES,
     SHIFTS,
     SiteSearch,
     Smoothing,
@@ -122,6 +123,20 @@ def test_a_channel_that_calibration_hardly_hears_is_not_divided_by_next_to_nothi
     assert floor.error <= no_floor.error
     assert forced.transform.scale is not None
     assert forced.error > forced.plain == no_floor.error
+
+
+@pytest.mark.parametrize(("spec", "by"), [(STATIC, "rms"), (PER_TOKEN, "fourth")], ids=str)
+def test_rare_maxima_set_scales_only_where_ranges_are_static(spec: TensorSpec, by: str) -> None:
+    """Each channel has a spread of its own, and in one row of forty one channel is twelve times as loud."""
+    rng = np.random.default_rng(5)
+    x, fold = normal(1200)
+    rare = rng.random(x.shape) < 1 / (40 * CHANNELS)
+    x = (x * np.where(rare, 12, 1) * np.geomspace(0.1, 10, CHANNELS)).astype(np.float32)
+    search = SiteSearch([reader(x, fold)], spec, WEIGHT, channels=CHANNELS)
+    best = search_smoothing(search, alphas=(), scales=SCALES)
+    paper = search_smoothing(search)
+    assert best.candidate.by == by
+    assert best.error < paper.error
 
 
 def test_a_range_that_others_exceed_gets_a_margin() -> None:

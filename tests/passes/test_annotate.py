@@ -99,9 +99,17 @@ def test_without_a_fallback_static_stays_static() -> None:
 
 
 def test_ordinary_activations_stay_static_where_a_fallback_would_be_better_still() -> None:
+    weight = np.random.default_rng(0).standard_normal((WIDTH, 8)).astype(np.float32)
+    graph = f"g (float[B,S,{WIDTH}] x) => (float[B,S,8] y) {{ m = MatMul(x, w) y = Mul(m, m) }}"
+    model = tiny(graph, {"w": weight})
+    apply(Annotate(), model, context("w8a8"))
+    assert not specs(model)["m"][1].dynamic
+
+
+def test_an_output_head_that_would_be_better_off_gets_the_fallback() -> None:
     model = one_linear()
     apply(Annotate(), model, context("w8a8"))
-    assert not specs(model)["y"][1].dynamic
+    assert specs(model)["y"][1].dynamic
 
 
 def test_a_range_that_calibration_did_not_reach_gets_a_margin() -> None:

@@ -15,6 +15,7 @@ from qcompiler.numerics.site_search import with_margin
 from qcompiler.passes.judging import (
     ERROR_PER_TIME,
     FALLBACK_GAIN,
+    HEAD_ERROR,
     STATIC_ERROR,
     FallbackRule,
     by_input,
@@ -124,6 +125,19 @@ def test_the_fallback_pays_by_the_error_that_it_removes_for_its_time() -> None:
     assert not rule.pays(groups[:1], 2 * needed, 1.1 * needed)
     assert rule.may_pay(groups[:1], 1.1 * needed)
     assert not rule.may_pay(groups[:1], 0.9 * needed)
+
+
+@pytest.mark.parametrize("capability", [timed(100, 150), Capability("test", ())], ids=["timed", "untimed"])
+def test_an_error_counts_more_at_an_output_head(capability: Capability) -> None:
+    model = block()
+    rule = FallbackRule(model, SCHEME, capability)
+    head, inner = linear_named(model, "logits0"), linear_named(model, "down0")
+    least_head, least_inner = (
+        min(static for static in np.geomspace(1e-6, 1, 1000) if rule.pays([[linear]], static, static / 10))
+        for linear in (head, inner)
+    )
+    time = head.in_features * head.out_features / (inner.in_features * inner.out_features) if capability.kernels else 1
+    assert least_head / least_inner == pytest.approx(time / HEAD_ERROR, rel=0.1)
 
 
 def test_a_fallback_that_costs_nothing_pays_as_soon_as_it_is_better() -> None:
