@@ -7,6 +7,7 @@ before it have been rounded.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompiler.calibration.substitutes import substituted, tokens_in
 from qcompiler.calibration.walk import Walk
 from qcompiler.core import DataError, Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.run import Feeds
 from qcompiler.graph.transaction import Transaction
 from qcompiler.graph.weights import fake_quantized, grid_of, on_integers
 from qcompiler.numerics.affine import integer_range
@@ -29,6 +32,7 @@ from qcompiler.passes.reference import float_weights
 from qcompiler.scheme import TensorSpec
 
 _INT8 = TensorSpec("int8")
+_ROWS_PER_INPUT = 8
 Array = npt.NDArray[Any]
 
 
@@ -49,6 +53,8 @@ class Gptq(Pass):
             samples for fewer. The paper's 0.01 is for 4 bits and 262,144 tokens; with a few thousand tokens, inputs
             that were silent take up all errors for free and then fire on other data.
         folds: parts of the samples for that search.
+        copies: of the samples, with random tokens in their places, that together count as much as the samples; None: 4
+            below 8 bits where rows are fewer than 8 times the inputs of the widest Linear, 0 elsewhere.
         block_size: inputs of a lazy batch; no numbers depend on it.
     """
 
@@ -56,6 +62,7 @@ class Gptq(Pass):
     act_order: bool = True
     damp: float | None = None
     folds: int = 2
+    copies: int | None = None
     block_size: int = 64
 
     def __post_init__(self) -> None:
@@ -63,6 +70,8 @@ class Gptq(Pass):
             raise OptionError(f"gptq{{folds={self.folds}}}: it takes one fold at least.")
         if self.damp is not None and not 0 < self.damp < float("inf"):
             raise OptionError(f"gptq{{damp={self.damp}}}: a positive number is wanted, 0.01 to 1 as a rule.")
+        if self.copies is not None and self.copies < 0:
+            raise OptionError(f"gptq{{copies={self.copies}}}: 0 or more copies of the samples are wanted.")
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         apart = [group for group in _together(_quantized(model)) if ctx.data is None or _spread_out(group)]
@@ -80,18 +89,33 @@ class Gptq(Pass):
         steps = [group for group in groups if ctx.data is not None and not _spread_out(group)]
         if steps:
             assert ctx.data is not None
-            walk = Walk(model, ctx.data)
+            data = list(ctx.data)
+            copies = self._copies(steps, data)
+            walk = Walk(model, [*data, *substituted(model, data, copies, ctx.seed)])
+            weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), copies * len(data))]
             for group in sorted(steps, key=lambda group: walk.place(_read(group[0]))):
-                notes += self._round(model, group, self._hessians(walk, group[0]), weights, ctx)
+                notes += self._round(model, group, self._hessians(walk, group[0], weight), weights, ctx)
         return PassResult(bool(notes), tuple(notes))
 
-    def _hessians(self, walk: Walk, linear: Linear) -> npt.NDArray[np.float64]:
-        """XᵀX of what the Linear reads, one for each fold of the samples, float64 [folds, in, in]."""
+    def _copies(self, steps: list[list[Linear]], data: Sequence[Feeds]) -> int:
+        """Few rows leave directions unseen, and GPTQ takes from the unseen; any tokens show them."""
+        if self.copies is not None:
+            return self.copies
+        few_bits = any(grid.high - grid.low <= 16 for grid in (_given(group[0]) for group in steps))
+        widest = max(group[0].in_features for group in steps)
+        return 4 if few_bits and tokens_in(data) < _ROWS_PER_INPUT * widest else 0
+
+    def _hessians(self, walk: Walk, linear: Linear, weight: Sequence[float]) -> npt.NDArray[np.float64]:
+        """XᵀX of what the Linear reads, one for each fold of the samples, float64 [folds, in, in].
+
+        Args:
+            weight: of a row, for each batch; there may be more of them than batches.
+        """
         hessians = np.zeros((self.folds, linear.in_features, linear.in_features))
-        for rows, samples in walk.rows(_read(linear)):
+        for (rows, samples), counts in zip(walk.rows(_read(linear)), weight, strict=False):
             for fold in range(self.folds):
                 x = rows[samples % self.folds == fold].astype(np.float64)
-                hessians[fold] += x.T @ x
+                hessians[fold] += counts * (x.T @ x)
         return hessians
 
     def _round(

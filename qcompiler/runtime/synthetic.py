@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import DataError
+from qcompiler.graph.tables import rows_indexed
 
 Shape = tuple[int, ...]
 
@@ -74,22 +75,5 @@ def _numbers(
         return np.ones(sizes, dtype)
     if "position" in name and len(sizes) == 2:
         return np.broadcast_to(np.arange(sizes[-1], dtype=dtype), sizes).copy()
-    bound = _rows_indexed(name, model) if model is not None else 1
+    bound = rows_indexed(name, model) if model is not None else 1
     return rng.integers(0, bound, sizes).astype(dtype)
-
-
-def _rows_indexed(name: str, model: ir.Model) -> int:
-    """The smallest table that a Gather indexes with this input: ids below it are valid. 1 where there is none."""
-    sizes = [
-        int(table.shape[0])
-        for node in model.graph
-        if node.op_type == "Gather"
-        and (table := node.inputs[0]) is not None
-        and (index := node.inputs[1]) is not None
-        and index.name == name
-        and table.is_initializer()
-        and table.shape is not None
-        and node.attributes.get_int("axis", 0) == 0
-        and isinstance(table.shape[0], int)
-    ]
-    return min(sizes, default=1)
