@@ -1,4 +1,4 @@
-"""Four bits: rounding to nearest, clipped groups and GPTQ on MiniLM (w4a8 g32) and stories260k (w4a16 g32).
+"""Four bits: rounding to nearest, clipped groups, AWQ, HQQ and GPTQ on MiniLM (w4a8 g32) and stories260k (w4a16 g32).
 
 usage: four_bits.py [--models minilm,stories260k]
 
@@ -37,8 +37,13 @@ from qcompiler.graph.run import save_model
 METHODS = {
     "RTN": "annotate,insert,fold",
     "RTN, clipped groups": "annotate,insert,clip_weights,fold",
+    "AWQ": "awq,annotate,insert,fold",
+    "AWQ, clipped groups": "awq,annotate,insert,clip_weights,fold",
+    "HQQ": "annotate,insert,hqq,fold",
+    "HQQ, least squares": "annotate,insert,hqq{p=2,beta=1},fold",
     "GPTQ": "annotate,insert,gptq,fold",
     "GPTQ, clipped groups": "annotate,insert,clip_weights,gptq,fold",
+    "AWQ, GPTQ, clipped groups": "awq,annotate,insert,clip_weights,gptq,fold",
 }
 
 
