@@ -117,6 +117,15 @@ def horizontal(buffer: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> A
     return buffer[0]
 
 
+def parallel_rows(count: Any, body: Callable[[Any], None]) -> None:
+    """``body(row)`` for all rows; threads share them, but a single row does not wake any."""
+    with T.If(count > 1):
+        with T.Then(), T.parallel(0, count) as row:
+            body(row)
+        with T.Else():
+            body(tirx.IntImm("int64", 0))
+
+
 def row_tiles(count: Any, height: int, body: Callable[[Any, int], None]) -> None:
     """``body(first, rows)`` over 0 … count in tiles of ``height`` rows, the rest in tiles of 4, 2 and 1."""
     done: Any = 0

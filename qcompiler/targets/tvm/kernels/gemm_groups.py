@@ -10,6 +10,7 @@ A byte holds numbers that lie one dot (four inputs) apart, so that one load of p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,16 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.targets.tvm.builder import at, cast, kernel_named, local, size, spread, store, zeros
+from qcompiler.targets.tvm.builder import at, cast, kernel_named, local, row_tiles, size, spread, store, zeros
 from qcompiler.targets.tvm.isa import QUAD, Isa
 from qcompiler.targets.tvm.kernels.epilogue import PLAIN, Epilogue, Finisher
-from qcompiler.targets.tvm.kernels.gemm_int8 import blocked
 
 VECTORS = 4
 """Vectors of columns of one panel: as many sums as a dot's latency wants, of a single row."""
+
+
+BLOCK = 64
+"""Rows of one task: few enough that two threads find equal shares of a few panels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,18 @@ class GemmGroups(ByGroup):
 def rows_of_tile(isa: Isa) -> int:
     """Rows whose integer sums fill half the registers: the other half holds those of all groups."""
     return isa.registers // (2 * VECTORS)
+
+
+def by_panel(m: Any, panels: int, height: int, tile: Callable[[Any, Any, int], None]) -> None:
+    """``tile(panel, first row, rows)`` for all panels and rows; threads share panels times blocks of rows.
+
+    All rows pass a panel before the next: each thread reads its own half of a weight that no cache holds.
+    """
+    blocks = (m + BLOCK - 1) // BLOCK
+    with T.parallel(0, panels * blocks) as task:
+        first = task % blocks * BLOCK
+        count = tirx.min(tirx.IntImm("int64", BLOCK), m - first)
+        row_tiles(count, height, lambda row, rows: tile(task // blocks, first + row, rows))
 
 
 def width(isa: Isa) -> int:
@@ -152,7 +168,7 @@ class _Builder:
             self.x_sum = kernel.argument("x_sum", (m, gemm.groups), "int32")
             padded = self.panels * width(isa)
             self.finisher = Finisher(gemm.epilogue, kernel, m, isa, gemm.out_features, padded)
-            blocked(m, self.panels, rows_of_tile(isa), self._tile)
+            by_panel(m, self.panels, rows_of_tile(isa), self._tile)
         return kernel.function
 
     def _tile(self, panel: Any, row: Any, height: int) -> None:

@@ -16,8 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from qcompiler.targets.tvm.builder import at, cast, f32, i32, kernel_named, size, spread, store, zeros
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import Finisher
-from qcompiler.targets.tvm.kernels.gemm_groups import VECTORS, ByGroup, rows_of_tile, width
-from qcompiler.targets.tvm.kernels.gemm_int8 import blocked
+from qcompiler.targets.tvm.kernels.gemm_groups import VECTORS, ByGroup, by_panel, rows_of_tile, width
 
 
 class GemmGroupsF32(ByGroup):
@@ -66,7 +65,7 @@ class _Builder:
             self.scale = kernel.argument("scale", by_group)
             self.zero = None if gemm.symmetric else kernel.argument("zero", by_group)
             self.finisher = Finisher(gemm.epilogue, kernel, m, isa, gemm.out_features, self.panels * width(isa))
-            blocked(m, self.panels, rows_of_tile(isa), self._tile)
+            by_panel(m, self.panels, rows_of_tile(isa), self._tile)
         return kernel.function
 
     def _tile(self, panel: Any, row: Any, height: int) -> None:

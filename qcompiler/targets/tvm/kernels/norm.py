@@ -7,7 +7,19 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from qcompiler.targets.tvm.builder import at, columns, f32, horizontal, kernel_named, local, size, spread, store, zeros
+from qcompiler.targets.tvm.builder import (
+    at,
+    columns,
+    f32,
+    horizontal,
+    kernel_named,
+    local,
+    parallel_rows,
+    size,
+    spread,
+    store,
+    zeros,
+)
 from qcompiler.targets.tvm.isa import Isa
 from qcompiler.targets.tvm.kernels.epilogue import STEPS
 from qcompiler.targets.tvm.kernels.quantize import dynamic_row, smoothed, static_row
@@ -63,7 +75,8 @@ class Norm:
             if self.quantized == "row":
                 x_scale = kernel.argument("x_scale", (m,))
                 x_zero = kernel.argument("x_zero", (m,), "int32")
-            with T.parallel(0, m) as row:
+
+            def whole(row: Any) -> None:
                 self._row(isa, row, x, weight, bias, y)
                 if self.quantized == "static":
                     static_row(smoothed(y, multiplier), row, q, count, padded, steps, isa)
@@ -71,6 +84,8 @@ class Norm:
                     dynamic_row(smoothed(y, multiplier), row, q, count, padded, x_scale, x_zero, self.zero_point, isa)
                 elif self.quantized == "group":
                     grouped_row(smoothed(y, multiplier), row, grouped, count, self.group_size, isa)
+
+            parallel_rows(m, whole)
         return kernel.function
 
     def _row(self, isa: Isa, row: Any, x: Any, weight: Any, bias: Any, y: Any) -> None:

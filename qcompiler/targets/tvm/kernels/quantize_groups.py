@@ -20,6 +20,7 @@ from qcompiler.targets.tvm.builder import (
     i32,
     kernel_named,
     local,
+    parallel_rows,
     size,
     spread,
     store,
@@ -52,8 +53,7 @@ class QuantizeGroups:
             buffer = kernel.argument("x", (m, count))
             x = smoothed(buffer, kernel.argument("multiplier", (count,)) if self.smoothed else None)
             results = group_arguments(kernel, m, count, self.group_size)
-            with T.parallel(0, m) as row:
-                grouped_row(x, row, results, count, self.group_size, isa)
+            parallel_rows(m, lambda row: grouped_row(x, row, results, count, self.group_size, isa))
         return kernel.function
 
 
