@@ -55,6 +55,7 @@ examples:
   qcompiler compile minilm/ -o out --calibration text.txt --ignore '*.layer.5.output.*'
   qcompiler compile minilm/ -o out --calibration text.txt --passes 'smooth{alpha=0.5},annotate,insert,fold'
   qcompiler compile minilm/ -o out --calibration text.txt --max-drop sqnr=26
+  qcompiler compile llama/ -o out --scheme w4a16 --resume
   qcompiler compile model.onnx -o out --scheme w8a8-dynamic --target 'onnx{form=qoperator}'"""
 
 _ANALYZE = """\
@@ -102,7 +103,7 @@ def _compile(options: argparse.Namespace) -> None:
         max_size=options.max_size,
         dump=options.dump,
     )
-    compiled = compile_as(options.src, asked, options.output, options.force)
+    compiled = compile_as(options.src, asked, options.output, options.force, options.resume)
     pairs = [("saved to", str(options.output)), *summary(compiled.report)]
     _tell(options, {"output": str(options.output), "report": compiled.report.to_json()}, key_values(pairs))
 
@@ -269,6 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _data_options(sub)
     sub.add_argument("--force", action="store_true", help="replace a compiled model at OUT")
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from OUT.partial, which a killed compile left (without calibration data)",
+    )
     sub.add_argument("--dump", metavar="DIR", help="also save the model after each pass, here")
 
     sub = command(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qcompiler.core import spell
+from qcompiler.core import OptionError
 from qcompiler.options import Options
 from qcompiler.passes.pipeline import Pipeline
-from qcompiler.quantize import Quantized, Request, run_passes
+from qcompiler.quantize import Quantized, Request, identity, run_passes
 from qcompiler.report import build as build_report
 from qcompiler.runtime.artefact import refuse_existing
 from qcompiler.runtime.compiled import CompiledModel
+from qcompiler.runtime.load import load
+from qcompiler.runtime.partial import Workplace
 from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme
 from qcompiler.targets.base import Coverage, Lowered
@@ -42,6 +43,7 @@ def compile(
     seq_len: int | None = None,
     batch_size: int | None = None,
     force: bool = False,
+    resume: bool = False,
     dump: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -55,7 +57,8 @@ def compile(
         target: "ort-cpu", "onnx", "onnx{form=qoperator}" or "tvm-llvm".
         calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
             of sentences, or a folder of images. Dynamic schemes run without it (without ``split`` and ``adaptive``).
-        output: a folder to save to; it must not exist, unless ``force``.
+        output: a folder to save to; it must not exist, unless ``force``. Without calibration data, weights are
+            quantized one at a time and kept in ``<output>.partial`` until all are: memory holds one, not the model.
         passes: the pipeline as text, e.g. ``"smooth{alpha=0.5},annotate,insert,fold"``; None: the scheme's own.
         ignore: globs over Linear names that stay in float.
         bits: bits of weights by globs over Linear names, ``{"*down_proj*": 8}``: 2, 4, 8, or 16 (or "float") to leave
@@ -71,6 +74,8 @@ def compile(
         seed: for every random choice.
         limit, seq_len: how many calibration samples, of how many tokens.
         batch_size: samples in one run; None: 1 for a causal language model, else 8.
+        resume: go on from ``<output>.partial``, which a compile that was killed left there, to the same bytes; model
+            and options must be the same. Where there is none, start.
         dump: a folder where the model is saved after every pass.
         trust_remote_code: let a Hugging Face folder run its own code.
         progress: show what is going on, on stderr.
@@ -100,17 +105,43 @@ def compile(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    return compile_as(model, options, output, force)
+    return compile_as(model, options, output, force, resume)
 
 
 def compile_as(
-    model: Any, options: Options, output: str | os.PathLike[str] | None = None, force: bool = False
+    model: Any,
+    options: Options,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    resume: bool = False,
 ) -> CompiledModel:
     """:func:`compile` with its options as one value."""
     asked = Request.of(options)
-    if output is not None:
-        refuse_existing(Path(output), force)
-    ready = run_passes(model, asked)
+    path = Path(output) if output is not None else None
+    if path is not None:
+        refuse_existing(path, force)
+    if resume:
+        _check_resume(path, asked)
+    with Workplace(path, resume, force) as place:
+        compiled = _compiled(run_passes(model, asked, place), asked)
+        if path is None:
+            return compiled
+        compiled.save(path, force=force, through=place.result)
+    return load(path) if asked.weight_passes is not None else compiled
+
+
+def _check_resume(output: Path | None, asked: Request) -> None:
+    if output is None:
+        raise OptionError("resume goes on from the folder beside output: give output.")
+    if asked.weight_passes is None:
+        raise OptionError(
+            "resume goes on weight by weight, which calibration data, max_drop, dump and passes that look at more than "
+            "one weight rule out: start anew without resume."
+        )
+
+
+def _compiled(ready: Quantized, asked: Request) -> CompiledModel:
+    """Lower and tell."""
     finished = _finish(ready, asked)
     with asked.stages("report"):
         report = build_report(
@@ -125,7 +156,7 @@ def compile_as(
             seconds=asked.stages.seconds,
             executable=finished.lowered.executable if finished.lowered.runs else None,
         )
-    compiled = CompiledModel(
+    return CompiledModel(
         model=finished.work.model,
         recipe=_recipe(ready, asked, finished.work.scheme),
         report=report,
@@ -133,9 +164,6 @@ def compile_as(
         tokenizer=ready.source.tokenizer,
         executable=finished.lowered.executable,
     )
-    if output is not None:
-        compiled.save(output, force=force)
-    return compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,16 +190,11 @@ def _finish(ready: Quantized, asked: Request) -> _Finished:
 
 def _recipe(ready: Quantized, asked: Request, scheme: Scheme) -> dict[str, Any]:
     """What makes this artefact again, as JSON-ready data; the same input gives the same recipe."""
-    source, batches, allowed = ready.source, ready.batches, asked.allowed
+    batches, allowed = ready.batches, asked.allowed
     return {
         "version": RECIPE_VERSION,
-        "qcompiler": version("qcompiler"),
-        "source": {"name": source.name, "kind": source.kind, "sha256": source.sha256},
+        **identity(ready.source, asked),
         "scheme": scheme.to_json(),
-        "passes": ",".join(spell(item.name, item) for item in asked.passes),
-        "target": asked.options.target,
-        "tables": dict(asked.target.tables()),
-        "seed": asked.options.seed,
         "calibration": {"samples": batches.samples} if batches is not None else None,
         "max_drop": {"metric": allowed.name, "limit": allowed.limit} if allowed is not None else None,
         "max_size": asked.max_size,

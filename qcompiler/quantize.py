@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import itertools
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ import onnx_ir as ir
 
 from qcompiler import passes as pass_table
 from qcompiler.budget import Budget, check_budget
-from qcompiler.core import Capability, ModelError, OptionError, TargetError
+from qcompiler.core import Capability, ModelError, OptionError, TargetError, spell
 from qcompiler.frontends import Source, open_data, open_source
 from qcompiler.frontends.data import Batches
 from qcompiler.frontends.holdout import hold_back
 from qcompiler.frontends.inputs import Inputs
 from qcompiler.graph.linear import linears
+from qcompiler.graph.stored import materialise
 from qcompiler.options import Options
 from qcompiler.passes.base import Context, Pass
 from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.drop import MaxDrop, float_outputs
+from qcompiler.runtime.partial import Workplace
 from qcompiler.scheme import BITS, Scheme, resolve
 from qcompiler.size_budget import SizeBudget, check_size, parse_size
+from qcompiler.streamed import quantize_weights, weight_passes
 from qcompiler.targets import make_target
 from qcompiler.targets.base import Target
 
@@ -77,6 +81,13 @@ class Request:
                 raise OptionError("max_drop and max_size each choose for all Linears: give one of them.")
         return Request(options, scheme, target, capability, passes, allowed, Stages(options.progress), size)
 
+    @property
+    def weight_passes(self) -> Sequence[Pass] | None:
+        """The passes that may run on one weight at a time; None: a weight's fate depends on more than itself."""
+        asked = self.options
+        alone = asked.calibration is None and asked.dump is None and self.allowed is None and self.max_size is None
+        return weight_passes(self.passes) if alone else None
+
     def data(self, data: Any, source: Source) -> Batches:
         """Data of any kind as batches for the model, as many and as large as the options say."""
         asked = self.options
@@ -103,10 +114,11 @@ class Quantized:
     budget: Budget | SizeBudget | None = None
 
 
-def run_passes(model: Any, asked: Request) -> Quantized:
+def run_passes(model: Any, asked: Request, place: Workplace | None = None) -> Quantized:
     """Open a model and its data and run the pipeline up to the fake-quant graph.
 
-    Where a loss or a size is given, the passes are left to the budget that is returned.
+    Where a loss or a size is given, the passes are left to the budget that is returned. With a ``place``, weights that
+    need no calibration data are quantized one at a time, and lie there afterwards.
 
     Raises:
         QCompilerError: one of its kinds, with one sentence, where model or data cannot be used.
@@ -124,10 +136,11 @@ def run_passes(model: Any, asked: Request) -> Quantized:
         if allowed is not None and batches is not None:
             allowed.check(source.kind, float_outputs(source.model))
             search, validation = hold_back(batches, Inputs(source.model), options.seed)
+    context = Context(asked.scheme, asked.capability, options.seed)
     work = Pipeline(
         source.model,
         search,
-        Context(asked.scheme, asked.capability, options.seed),
+        context,
         stages=asked.stages,
         progress=options.progress,
         dump=Path(options.dump) if options.dump is not None else None,
@@ -138,6 +151,11 @@ def run_passes(model: Any, asked: Request) -> Quantized:
             f"{source.name} has no Linear (MatMul or Gemm with a constant 2-D weight): nothing to quantize."
         )
     _check_globs(work.model, asked.scheme)
+    rest = asked.weight_passes if place is not None else None
+    if place is not None and rest is not None:
+        place.begin(identity(source, asked))
+    else:
+        materialise(work.model)
     canonical_float = work.model.clone()
     budget: Budget | SizeBudget | None = None
     if asked.max_size is not None and search is not None:
@@ -146,7 +164,23 @@ def run_passes(model: Any, asked: Request) -> Quantized:
         budget = Budget(allowed, canonical_float, search, validation, asked.scheme, asked.capability, asked.stages)
     for item in asked.passes if budget is None else ():
         work.apply(item)
+        if item.name == "annotate" and place is not None and rest is not None:
+            with asked.stages("weights"):
+                quantize_weights(work, rest, context, place, options.progress)
     return Quantized(source, batches, canonical_float, work, budget)
+
+
+def identity(source: Source, asked: Request) -> dict[str, Any]:
+    """What decides the result, but for calibration data: JSON-ready."""
+    return {
+        "qcompiler": version("qcompiler"),
+        "source": {"name": source.name, "kind": source.kind, "sha256": source.sha256},
+        "scheme": asked.scheme.to_json(),
+        "passes": ",".join(spell(item.name, item) for item in asked.passes),
+        "target": asked.options.target,
+        "tables": dict(asked.target.tables()),
+        "seed": asked.options.seed,
+    }
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:

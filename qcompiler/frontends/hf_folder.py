@@ -6,16 +6,22 @@ import dataclasses
 import gc
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qcompiler.core import ModelError
-from qcompiler.frontends.hf_pooling import read_pooling, transformer_folder
+from qcompiler.core import ModelError, Note
+from qcompiler.frontends.hf_pooling import Pooling, read_pooling, transformer_folder
 from qcompiler.frontends.source import Source, hash_files
+
+if TYPE_CHECKING:
+    from qcompiler.frontends.hf_fake import Weights
 
 
 def open_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
-    """Load a model folder in float32 with the head that its ``architectures`` field names, and trace it.
+    """Trace a model folder, as float32 with the head that its ``architectures`` field names; its weights stay there.
+
+    What cannot be traced without its weights is loaded whole, with a note that says why.
 
     Args:
         folder: holds config.json and ``*.safetensors``; with a modules.json, sentence-transformers' pooling becomes the
@@ -29,8 +35,8 @@ def open_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
     root, folder = folder, transformer_folder(folder)
     config = _read_config(folder)
     try:
-        from qcompiler.frontends import hf_model
-        from qcompiler.frontends.torch_export import first_line, silent
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ModelError(
             f"opening the Hugging Face folder {root} needs torch and transformers ({error}): "
@@ -41,29 +47,73 @@ def open_folder(folder: Path, *, trust_remote_code: bool = False) -> Source:
         raise ModelError(f"{folder} holds a config.json but no weights (*.safetensors).")
     pooling, notes = read_pooling(root)
     cls = _model_class(config, folder, trust_remote_code)
-    try:
-        with silent():
-            import torch
-
-            model, info = cls.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise ModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
     described = [p for p in (folder / "config.json", root / "modules.json") if p.is_file()]
-    source = hf_model.open_pretrained(
-        model, name=root.resolve().name, folder=folder, sha256=hash_files([*described, *weights]), pooling=pooling
-    )
-    del model
+    opened = _Folder(root, folder, cls, weights, hash_files([*described, *weights]), pooling, trust_remote_code)
+    source = opened.traced()
     gc.collect()
-    missing = sorted(set(info["missing_keys"]) & set(source.model.graph.initializers))
-    if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} weights of {cls.__name__}, among them {missing[0]!r}.")
     return dataclasses.replace(source, notes=notes + source.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """A folder whose files are there, and how to trace its model."""
+
+    root: Path
+    folder: Path
+    cls: Any
+    weights: Sequence[Path]
+    sha256: str
+    pooling: Pooling | None
+    trust_remote_code: bool
+
+    def traced(self) -> Source:
+        from qcompiler.frontends.hf_fake import Unbound, Weights, make
+        from qcompiler.frontends.torch_export import first_line
+
+        try:
+            if self.weights[0].suffix != ".safetensors":
+                raise Unbound("its weights are in no safetensors file")
+            model = make(self.cls, self.folder, self.trust_remote_code)
+            return self._open(model, Weights(model, self.weights))
+        except Unbound as error:
+            why = str(error)
+        except Exception as error:  # a model that computes with its weights while it is made or traced
+            why = first_line(error)
+        source = self._loaded()
+        note = Note(self.root.resolve().name, "loaded whole", f"it cannot be traced without its weights: {why}")
+        return dataclasses.replace(source, notes=(*source.notes, note))
+
+    def _loaded(self) -> Source:
+        import torch
+
+        from qcompiler.frontends.torch_export import first_line, silent
+
+        try:
+            with silent():
+                model, info = self.cls.from_pretrained(
+                    self.folder,
+                    dtype=torch.float32,
+                    trust_remote_code=self.trust_remote_code,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except Exception as error:
+            raise ModelError(f"{self.folder} cannot be loaded: {first_line(error)}") from error
+        source = self._open(model)
+        missing = sorted(set(info["missing_keys"]) & set(source.model.graph.initializers))
+        if missing:
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} weights of {self.cls.__name__}, among them {missing[0]!r}."
+            )
+        return source
+
+    def _open(self, model: Any, weights: Weights | None = None) -> Source:
+        from qcompiler.frontends.hf_model import open_pretrained
+
+        name = self.root.resolve().name
+        return open_pretrained(
+            model, name=name, folder=self.folder, sha256=self.sha256, pooling=self.pooling, weights=weights
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qcompiler.core import ModelError, Note
+from qcompiler.frontends.hf_fake import Weights
 from qcompiler.frontends.hf_pooling import Pooling
 from qcompiler.frontends.source import Kind, Source
-from qcompiler.frontends.torch_export import Exported, capture, evaluation, first_line, silent, to_onnx
+from qcompiler.frontends.torch_export import capture, evaluation, first_line, silent, to_onnx, to_scratch
 from qcompiler.frontends.torch_module import as_call, auto_shapes, static_notes, user_inputs
 
 _BATCH, _SEQUENCE = 2, 12
@@ -39,6 +41,7 @@ def open_pretrained(
     folder: Path | None = None,
     sha256: str | None = None,
     pooling: Pooling | None = None,
+    weights: Weights | None = None,
 ) -> Source:
     """Trace a transformers PreTrainedModel; batch and sequence are dynamic.
 
@@ -48,8 +51,10 @@ def open_pretrained(
         dynamic_shapes: an entry for each input, in order or by name; None: batch and sequence.
         name, folder, sha256: of the folder it was loaded from.
         pooling: add an output ``sentence_embedding`` (sentence-transformers).
+        weights: where the numbers of a model made without them lie; they stay there.
 
     Raises:
+        Unbound: ``weights`` lack a parameter.
         ModelError: no example inputs can be made for this model, or it cannot be traced or exported.
     """
     notes: list[Note] = []
@@ -60,7 +65,12 @@ def open_pretrained(
     with _single_pass(model) as constants:
         wrapper = _Wrapper(model, tuple(examples), constants, pooling)
         wrapper.probe(tuple(examples.values()), notes)
-        exported = _export(wrapper, tuple(examples.values()), dynamic_shapes, notes)
+        graph = _export(wrapper, tuple(examples.values()), dynamic_shapes, notes)
+    if weights is not None:
+        assert sha256 is not None
+        weights.bind(graph.graph, model)
+        return Source(graph, name, kind, sha256, folder=folder, notes=tuple(notes))
+    exported = to_scratch(graph)
     return Source(exported.model, name, kind, sha256 or exported.sha256, folder=folder, notes=tuple(notes))
 
 
@@ -113,13 +123,13 @@ class _Wrapper(torch.nn.Module):
         self.outputs = tuple(tensors)
 
 
-def _export(wrapper: _Wrapper, examples: tuple[Any, ...], dynamic_shapes: Any, notes: list[Note]) -> Exported:
+def _export(wrapper: _Wrapper, examples: tuple[Any, ...], dynamic_shapes: Any, notes: list[Note]) -> ir.Model:
     model = wrapper.wrapped
     if isinstance(dynamic_shapes, Mapping):
         dynamic_shapes = [dynamic_shapes.get(name) for name in wrapper.inputs]
     shapes = (auto_shapes(examples, {}) if dynamic_shapes is None else tuple(dynamic_shapes),)
 
-    def run() -> tuple[Exported, tuple[Note, ...]]:
+    def run() -> tuple[ir.Model, tuple[Note, ...]]:
         program = capture(wrapper, examples, {}, shapes)
         symbols = {}
         for tensor in user_inputs(program).values():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import io
 import logging
 import re
@@ -58,8 +57,8 @@ def to_onnx(
     output_names: Sequence[str] | None = None,
     prefix: str = "",
     symbols: Mapping[str, str] | None = None,
-) -> Exported:
-    """Translate a traced program and move its weights to disk.
+) -> ir.Model:
+    """Translate a traced program; the graph's weights are the program's own.
 
     Args:
         program: what :func:`capture` or the caller's own ``torch.export.export`` returned.
@@ -89,10 +88,13 @@ def to_onnx(
     _drop_traces(model)
     _cut_prefix(model.graph, prefix)
     _rename_symbols(model, symbols or {})
+    return model
+
+
+def to_scratch(model: ir.Model) -> Exported:
+    """Move the weights of a translated program to disk."""
     scratch = Scratch()
     save_model(model, scratch.path / "model.onnx")
-    del exported, model, program
-    gc.collect()
     digest = hash_files(sorted(scratch.path.iterdir()))
     return Exported(read_lazily(scratch), digest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qcompiler.core import ModelError, Note
 from qcompiler.frontends.source import Source, guess_kind
-from qcompiler.frontends.torch_export import capture, to_onnx
+from qcompiler.frontends.torch_export import capture, to_onnx, to_scratch
 
 
 def open_module(module: torch.nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Source:
@@ -48,7 +49,8 @@ def open_program(
     Raises:
         ModelError: an operator has no ONNX counterpart.
     """
-    exported = to_onnx(program, what=name, output_names=output_names(program))
+    exported = to_scratch(to_onnx(program, what=name, output_names=output_names(program)))
+    gc.collect()
     return Source(exported.model, name, guess_kind(exported.model), exported.sha256, notes=notes)
 
 

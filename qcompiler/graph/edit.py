@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompiler.graph.stored import kept
+
 
 def array_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     """The numbers behind an initializer or the output of a Constant node; None for anything computed or fed."""
@@ -47,7 +49,13 @@ def add_initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.V
     """Register a new initializer; a taken name gets a number behind it."""
     name = unique_name(graph, name)
     tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray would make a scalar a vector
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    return add_tensor(graph, name, kept(graph, tensor))
+
+
+def add_tensor(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a tensor, wherever it lies, as a new initializer; the name is free."""
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -15,6 +15,7 @@ from qcompiler.scheme import TensorSpec
 
 Array = npt.NDArray[Any]
 FindScale = Callable[[Array], tuple[Array, Array]]
+_CHUNK = 1 << 20  # numbers that are rounded at a time: small temporaries, however large the weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,10 +41,24 @@ class Grid:
 
     def nearest(self, weight: Array) -> npt.NDArray[np.int32]:
         """The integers [in, out] nearest to a weight; the scales must be known."""
-        scale, zero_point = self.spread(len(weight))
-        with np.errstate(over="ignore"):
-            q = np.rint(weight / scale)
-        return np.clip(q + zero_point, self.low, self.high).astype(np.int32)
+        q = np.empty(weight.shape, np.int32)
+        group = self.group_size or 1
+        step = group * max(1, _CHUNK // (group * max(1, weight[:1].size)))
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            scale, zero_point = self._of_rows(rows).spread(len(weight[rows]))
+            with np.errstate(over="ignore"):
+                nearest = np.rint(weight[rows] / scale)
+            q[rows] = np.clip(nearest + zero_point, self.low, self.high)
+        return q
+
+    def _of_rows(self, rows: slice) -> Grid:
+        """The part of the grid that some whole groups have."""
+        if self.group_size is None or self.scale is None:
+            return self
+        groups = slice(rows.start // self.group_size, rows.stop // self.group_size)
+        zero_point = None if self.zero_point is None else self.zero_point[groups]
+        return dataclasses.replace(self, scale=self.scale[groups], zero_point=zero_point)
 
     def dequantized(self, q: Array) -> Array:
         """(q - zero_point) · scale, in the precision of the scales."""

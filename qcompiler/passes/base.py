@@ -53,10 +53,14 @@ class Pass(abc.ABC):
 
     ``float_exact`` says that the pass is the identity in float arithmetic: the driver then compares the model's outputs
     on calibration data before and after.
+
+    ``by_weight`` says that, without calibration data, it treats every weight of a Linear by itself: it may then run on
+    one weight at a time (see :mod:`qcompiler.streamed`).
     """
 
     name: ClassVar[str]
     float_exact: ClassVar[bool] = False
+    by_weight: ClassVar[bool] = False
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         """The statistics this pass needs of the model as it stands; all are collected in one run over the data."""

@@ -32,6 +32,7 @@ class Fold(Pass):
     """
 
     name: ClassVar[str] = "fold"
+    by_weight: ClassVar[bool] = True
     bias: str = "float"
 
     def __post_init__(self) -> None:

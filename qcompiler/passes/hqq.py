@@ -26,6 +26,7 @@ class Hqq(Pass):
     """
 
     name: ClassVar[str] = "hqq"
+    by_weight: ClassVar[bool] = True
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01

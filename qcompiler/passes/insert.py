@@ -37,6 +37,7 @@ class Insert(Pass):
     """
 
     name: ClassVar[str] = "insert"
+    by_weight: ClassVar[bool] = True
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         return [_request(linear, spec) for linear, _, spec in _quantized(model) if spec and not spec.dynamic]
@@ -48,14 +49,15 @@ class Insert(Pass):
         notes: list[Note] = []
         changed = False
         for linear, weight_spec, activation_spec in list(_quantized(model)):
-            if (why := overflow(linear, weight_spec)) is not None:
-                notes.append(Note(linear.name, "left in float", why))
-                continue
-            key = (linear.weight, weight_spec)
-            if key not in weights:
-                weights[key] = _insert_on_weight(model, linear, weight_spec, ctx.capability.reduce_range)
-            linear.matmul.replace_input_with(1, weights[key])
-            if activation_spec is not None:
+            if linear.weight_quant is None:
+                if (why := overflow(linear, weight_spec)) is not None:
+                    notes.append(Note(linear.name, "left in float", why))
+                    continue
+                key = (linear.weight, weight_spec)
+                if key not in weights:
+                    weights[key] = _insert_on_weight(model, linear, weight_spec, ctx.capability.reduce_range)
+                linear.matmul.replace_input_with(1, weights[key])
+            if activation_spec is not None and linear.activation_quant is None:
                 key = (linear.x, activation_spec)
                 if key not in activations:
                     activations[key] = _insert_on_activation(model, linear, activation_spec, stats)
@@ -69,7 +71,8 @@ class Insert(Pass):
 def _quantized(model: ir.Model) -> Iterator[tuple[Linear, TensorSpec, TensorSpec | None]]:
     for linear in linears(model):
         weight, activation = annotated(linear)
-        if weight is not None and linear.weight_quant is None:
+        wanting = linear.weight_quant is None or (activation is not None and linear.activation_quant is None)
+        if weight is not None and wanting:
             yield linear, weight, activation
 
 

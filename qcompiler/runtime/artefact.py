@@ -45,15 +45,18 @@ def refuse_existing(folder: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place when the block ends well, and vanishes when not.
+def replacing(folder: Path, force: bool, through: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block ends well, and vanishes when not.
+
+    It is ``through``, which is emptied, or else one beside ``folder``.
 
     Raises:
         ArtefactError: as :func:`refuse_existing`, or the disk refuses.
     """
     refuse_existing(folder, force)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = through if through is not None else folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         refuse_existing(folder, force)

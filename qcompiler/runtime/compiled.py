@@ -108,7 +108,7 @@ class CompiledModel:
             self._sessions[key] = self._open(options or session_options(threads))
         return self._sessions[key]
 
-    def save(self, folder: str | os.PathLike[str], force: bool = False) -> Path:
+    def save(self, folder: str | os.PathLike[str], force: bool = False, *, through: Path | None = None) -> Path:
         """Write model.onnx, its data, recipe.json, report.json, report.md, fold plans, tokenizer: all or nothing.
 
         The same compile gives the same bytes, but for the seconds and the memory that the report tells.
@@ -116,6 +116,7 @@ class CompiledModel:
         Args:
             folder: must not exist, unless ``force``; then a compiled model there is replaced.
             force: replace.
+            through: where to write before the rename, on the same disk; None: beside ``folder``.
 
         Returns:
             The folder.
@@ -124,7 +125,7 @@ class CompiledModel:
             ArtefactError: the folder exists, or cannot be written.
         """
         folder = Path(folder)
-        with artefact.replacing(folder, force) as partial:
+        with artefact.replacing(folder, force, through) as partial:
             save_model(self.model, partial / artefact.MODEL)
             if self.executable is not None:
                 self.executable.save(partial)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of, sole_user
 from qcompiler.graph.rules.rewriter import TIED, Rewriter, dims, is_vector, last_dim, made_by, rank, small_array
+from qcompiler.graph.stored import on_disk, transposed
 
 
 def raise_linears(rewriter: Rewriter) -> None:
@@ -51,27 +50,27 @@ def _transposed_weight(rewriter: Rewriter, node: ir.Node) -> None:
 
 
 def _transpose(rewriter: Rewriter, source: ir.Value) -> ir.Value:
-    """W transposed, once in memory; the source is read from disk for the moment only."""
+    """W transposed: on disk it stays there, and is turned by whoever reads it."""
     others = [user for user, _ in source.uses() if user.op_type != "Transpose"]
-    array = array_of(source)
-    assert array is not None
-    return _derived(rewriter, source, np.ascontiguousarray(array.T), "transpose", shared=bool(others))
+    return _derived(rewriter, source, _turned(source), "transpose", shared=bool(others))
 
 
-def _derived(rewriter: Rewriter, source: ir.Value, array: np.ndarray, map_: str, shared: bool) -> ir.Value:
+def _turned(source: ir.Value) -> ir.TensorProtocol:
+    tensor = source.const_value
+    assert tensor is not None
+    return transposed(tensor) if on_disk(tensor) else ir.tensor(np.ascontiguousarray(tensor.numpy().T))
+
+
+def _derived(rewriter: Rewriter, source: ir.Value, tensor: ir.TensorProtocol, map_: str, shared: bool) -> ir.Value:
     """A weight made from an initializer, under its name unless something else (a tied embedding) reads the source."""
     name = source.name or "weight"
     if not shared:
         source.metadata_props.setdefault("qcompiler.parameter", name)
         rewriter.rename_initializer(source, f"{name}/source")
-    made = rewriter.initializer(name if not shared else f"{name}.tied", array, like=source, map_=map_)
+    made = rewriter.tensor(name if not shared else f"{name}.tied", tensor, like=source, map_=map_)
     if shared:
         made.metadata_props["qcompiler.parameter"] = name
         made.metadata_props[TIED] = name
-    release = getattr(source.const_value, "release", None)
-    if release is not None:
-        with contextlib.suppress(BufferError):  # somebody still looks at the mapped file
-            release()
     return made
 
 
@@ -108,18 +107,16 @@ def _gemm(rewriter: Rewriter, node: ir.Node) -> None:
 
 
 def _gemm_weight(rewriter: Rewriter, node: ir.Node, b: ir.Value, alpha: float) -> ir.Value:
-    transposed = bool(node.attributes.get_int("transB", 0))
-    if not transposed and alpha == 1.0:
+    turned = bool(node.attributes.get_int("transB", 0))
+    if not turned and alpha == 1.0:
         return b
-    array = array_of(b)
-    assert array is not None
-    maps = []
-    if transposed:
-        array, maps = array.T, ["transpose"]
+    assert b.const_value is not None
+    tensor, maps = (_turned(b), ["transpose"]) if turned else (b.const_value, [])
     if alpha != 1.0:
-        array, maps = array * np.asarray(alpha, array.dtype), [*maps, f"scale:{alpha!r}"]
+        array = tensor.numpy()
+        tensor, maps = ir.tensor(array * np.asarray(alpha, array.dtype)), [*maps, f"scale:{alpha!r}"]
     shared = any(user is not node for user, _ in b.uses())
-    return _derived(rewriter, b, np.ascontiguousarray(array), ",".join(maps), shared)
+    return _derived(rewriter, b, tensor, ",".join(maps), shared)
 
 
 # --- bias ---

@@ -67,9 +67,12 @@ class Rewriter:
 
     def initializer(self, name: str, array: npt.NDArray[Any], like: ir.Value | None = None, map_: str = "") -> ir.Value:
         """A new initializer; with ``like``, one made from that initializer by ``map_``, which is recorded on it."""
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # ascontiguousarray would make a scalar a vector
-        name = self.fresh(name)
-        tensor.name = name
+        # ascontiguousarray would make a scalar a vector
+        return self.tensor(name, ir.tensor(np.asarray(array, order="C")), like, map_)
+
+    def tensor(self, name: str, tensor: ir.TensorProtocol, like: ir.Value | None = None, map_: str = "") -> ir.Value:
+        """As :meth:`initializer`, of numbers wherever they lie."""
+        tensor.name = name = self.fresh(name)
         shape = ir.Shape(tensor.shape.numpy())
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         if like is not None:

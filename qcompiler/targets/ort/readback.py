@@ -6,6 +6,10 @@ import onnx_ir as ir
 
 from qcompiler.targets.base import Coverage, Lowered, coverage_of
 from qcompiler.targets.ort.optimised import Finder, is_integer, optimised_graph
+from qcompiler.targets.ort.pieces import pieces
+
+PIECE = 256 << 20
+"""Bytes of weights that are read back at once: ONNX Runtime holds them, packs them for its kernels and writes them."""
 
 
 def integer_coverage(model: ir.Model, lowered: Lowered, canonical: ir.Model) -> Coverage:
@@ -19,10 +23,15 @@ def integer_coverage(model: ir.Model, lowered: Lowered, canonical: ir.Model) -> 
     Raises:
         ModelError: ONNX Runtime refuses the model.
     """
-    finder = Finder(model, optimised_graph(model))
-
-    def kernel(name: str) -> tuple[str, bool]:
-        node = finder.find(lowered.nodes[name]) if name in lowered.nodes else None
-        return ("MatMul", False) if node is None else (node.op_type, is_integer(node))
-
-    return coverage_of(canonical, kernel)
+    found: dict[str, tuple[str, bool]] = {}
+    for piece in pieces(model, PIECE):
+        inside = {node.name for node in piece.graph}
+        ours = [name for name in lowered.nodes.values() if name in inside]
+        if not ours:
+            continue
+        finder = Finder(piece, optimised_graph(piece))
+        for name in ours:
+            node = finder.find(name)
+            if node is not None:
+                found[name] = node.op_type, is_integer(node)
+    return coverage_of(canonical, lambda name: found.get(lowered.nodes.get(name, ""), ("MatMul", False)))
