@@ -104,10 +104,10 @@ def spearman_stsb(run: Callable[[Feeds], np.ndarray], folder: Path) -> float:
     return float(spearmanr((embedded[0] * embedded[1]).sum(1), scores).statistic)
 
 
-def one_thread_session(path: Path | bytes) -> ort.InferenceSession:
-    """A plain ONNX Runtime session on one thread with every graph optimisation on."""
+def one_thread_session(path: Path | bytes, threads: int = 1) -> ort.InferenceSession:
+    """A plain ONNX Runtime session on one thread, or on more, with every graph optimisation on."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL

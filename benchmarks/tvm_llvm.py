@@ -1,10 +1,11 @@
 """Target tvm-llvm beside ONNX Runtime: the 8-bit GEMM, and MiniLM as a whole.
 
-usage: tvm_llvm.py [--rounds N] [--json FILE] [gemm] [minilm]
+usage: tvm_llvm.py [--rounds N] [--threads N] [--json FILE] [gemm] [minilm]
 
-One thread's CPU time, everything in turn in one process; medians, and the median over rounds of the ratio. GEMM:
-u8 x s8 with bias against MatMulIntegerToFloat, weights of 7 bits where the processor has no VNNI. MiniLM: w8a8 as
-benchmarks/minilm.py calibrates it, last hidden state against the canonical fp32 graph, compiled for either target.
+One thread's CPU time (with --threads, wall time of so many), everything in turn in one process; medians, and the median
+over rounds of the ratio. GEMM: u8 x s8 with bias against MatMulIntegerToFloat, weights of 7 bits where the processor has
+no VNNI. MiniLM: w8a8 as benchmarks/minilm.py calibrates it, last hidden state against the canonical fp32 graph, compiled
+for either target.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import argparse
 import json
 import os
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TVM_NUM_THREADS", "1")
+os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
 
 import numpy as np
 import onnx
@@ -42,6 +44,7 @@ from qcompiler.frontends import open_source
 from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import Runner
 from qcompiler.runtime.synthetic import make_feeds
+from qcompiler.targets.tvm.engine import use_threads
 from qcompiler.targets.tvm.isa import detect, with_narrow_weights
 from qcompiler.targets.tvm.kernels.epilogue import Epilogue
 from qcompiler.targets.tvm.kernels.gemm_int8 import GemmInt8
@@ -50,7 +53,9 @@ SHAPES = ((128, 768, 768), (128, 768, 3072), (128, 3072, 768), (1024, 768, 3072)
 FOLDER = MODELS / "minilm"
 
 
-def session_of(node: onnx.NodeProto, inputs: dict[str, Any], weights: dict[str, Any]) -> ort.InferenceSession:
+def session_of(
+    node: onnx.NodeProto, inputs: dict[str, Any], weights: dict[str, Any], threads: int
+) -> ort.InferenceSession:
     """A session of one node; ``inputs`` by name are arrays like those it will be fed."""
     values = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
@@ -60,7 +65,8 @@ def session_of(node: onnx.NodeProto, inputs: dict[str, Any], weights: dict[str, 
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "g", values, [output], tensors)
-    return one_thread_session(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return one_thread_session(model.SerializeToString(), threads)
 
 
 def bound(session: ort.InferenceSession, inputs: dict[str, Any]) -> Callable[[], None]:
@@ -72,13 +78,19 @@ def bound(session: ort.InferenceSession, inputs: dict[str, Any]) -> Callable[[],
     return lambda: session.run_with_iobinding(binding)
 
 
-def gemm(rounds: int) -> dict[str, dict[str, float]]:
+def clock_of(threads: int) -> Callable[[], float]:
+    """CPU time of one thread, wall time of several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def gemm(rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """GOP/s by shape."""
     isa, rows = detect(), {}
     if isa.dot == "maddwd":
         isa = with_narrow_weights(isa)
     reach = 64 if isa.dot == "maddubs" else 127
     rng = np.random.default_rng(0)
+    use_threads(threads)
     for m, k, n in SHAPES:
         x = rng.integers(0, 256, (m, k)).astype(np.uint8)
         weight = rng.integers(-reach, reach + 1, (k, n)).astype(np.int8)
@@ -87,7 +99,7 @@ def gemm(rounds: int) -> dict[str, dict[str, float]]:
         node = helper.make_node("MatMulIntegerToFloat", names, ["y"], domain="com.microsoft")
         weights = {"weight": weight, "w_scale": scale, "bias": bias}
         weights |= {"x_scale": np.float32(0.02), "x_zero": np.uint8(128)}
-        session = session_of(node, {"x": x}, weights)
+        session = session_of(node, {"x": x}, weights, threads)
         kernel = GemmInt8(k, n, epilogue=Epilogue(bias=True))
         function = tvm.compile(kernel.build(isa, "gemm"), target=isa.target())
         y = tvm.runtime.tensor(np.zeros((m, n), np.float32))
@@ -97,13 +109,14 @@ def gemm(rounds: int) -> dict[str, dict[str, float]]:
         entry = function["gemm"]
         entry(*tensors)
         np.testing.assert_allclose(y.numpy(), session.run(None, {"x": x})[0], atol=1e-3)
-        times = alternate({"ort": bound(session, {"x": x}), "tvm": lambda e=entry, t=tensors: e(*t)}, rounds * 10)  # type: ignore[misc]
+        runs = {"ort": bound(session, {"x": x}), "tvm": lambda e=entry, t=tensors: e(*t)}  # type: ignore[misc]
+        times = alternate(runs, rounds * 10, clock=clock_of(threads))
         speed = {name: 2e-9 * m * k * n / statistics.median(seconds) for name, seconds in times.items()}
         rows[f"{m}x{k}x{n}"] = {**speed, "ratio": 1 / median_ratio(times, "tvm", "ort")}
     return rows
 
 
-def minilm(rounds: int) -> dict[str, dict[str, float]]:
+def minilm(rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Accuracy, compile time and latency of either target."""
     evaluation = encode(FOLDER, minilm_evaluation(), pad_to=128)
     source = open_source(FOLDER)
@@ -117,13 +130,13 @@ def minilm(rounds: int) -> dict[str, dict[str, float]]:
         got = (model.run(feeds, threads=1)["last_hidden_state"] for feeds in evaluation)
         compiled[target] = model
         rows[target] = {"sqnr_db": pooled_sqnr(wanted, got, masks), "lower_s": model.report.seconds["lower"]}
-    session = compiled["ort-cpu"].session(threads=1)
+    session = compiled["ort-cpu"].session(threads=threads)
     engine = compiled["tvm-llvm"].executable
     assert engine is not None
     for shape in ((8, 128), (1, 32)):
         feeds = make_feeds(compiled["ort-cpu"].inputs, shape, 0, source.model)
-        runs = {"ort-cpu": lambda f=feeds: session.run(None, f), "tvm-llvm": lambda f=feeds: engine.run(f, 1)}  # type: ignore[misc]
-        times = alternate(runs, rounds if shape[0] > 1 else rounds * 10)
+        runs = {"ort-cpu": lambda f=feeds: session.run(None, f), "tvm-llvm": lambda f=feeds: engine.run(f, threads)}
+        times = alternate(runs, rounds if shape[0] > 1 else rounds * 10, clock=clock_of(threads))
         for name, seconds in times.items():
             label = "x".join(map(str, shape))
             rows[name][f"{label}_ms"] = statistics.median(seconds) * 1e3
@@ -135,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["gemm", "minilm"], help="gemm, minilm")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the alternating measurement")
+    parser.add_argument("--threads", type=int, default=1, help="more than one: wall time")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -142,11 +156,11 @@ def main() -> None:
     print(f"{isa.cpu}, {isa.dot}, {isa.lanes} lanes")
     found: dict[str, Any] = {}
     if "gemm" in args.what:
-        found["gemm"] = gemm(args.rounds)
+        found["gemm"] = gemm(args.rounds, args.threads)
         columns = {"ort": ("ORT GOP/s", "{:.1f}"), "tvm": ("TVM GOP/s", "{:.1f}"), "ratio": ("speed", "{:.3f}")}
         print_table("u8 x s8 GEMM + bias, against MatMulIntegerToFloat", columns, found["gemm"])
     if "minilm" in args.what:
-        found["minilm"] = minilm(args.rounds)
+        found["minilm"] = minilm(args.rounds, args.threads)
         columns = {"sqnr_db": ("SQNR dB", "{:.2f}"), "lower_s": ("lowering s", "{:.1f}")}
         for shape in ("8x128", "1x32"):
             columns |= {f"{shape}_ms": (f"{shape} ms", "{:.2f}"), f"{shape}_ratio": ("ratio", "{:.3f}")}

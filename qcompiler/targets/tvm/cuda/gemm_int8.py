@@ -47,7 +47,7 @@ class Int8:
         """The PrimFunc: (x, weight, offset, scale, [x_scale, x_zero], [bias], y).
 
         x int8 [m, padded K] is q - 128 of q in 0 … 255; offset int32 and scale, bias float32 [padded N]; x_scale
-        and x_zero int32 [m] or [1], the zero point less 128; y float32 [m, N]. With static scales
+        float32 and x_zero int32 [m] or [1], the zero point less 128; y float32 [m, N]. With static scales
         offset = (z_x - 128) · Σ_k W and scale = s_x · s_w; otherwise offset = Σ_k W and scale = s_w.
         """
         m, (k, n) = size("m"), self.padded
