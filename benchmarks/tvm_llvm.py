@@ -2,10 +2,10 @@
 
 usage: tvm_llvm.py [--rounds N] [--threads N] [--json FILE] [gemm] [minilm]
 
-One thread's CPU time (with --threads, wall time of so many), everything in turn in one process; medians, and the median
-over rounds of the ratio. GEMM: u8 x s8 with bias against MatMulIntegerToFloat, weights of 7 bits where the processor has
-no VNNI. MiniLM: w8a8 as benchmarks/minilm.py calibrates it, last hidden state against the canonical fp32 graph, compiled
-for either target.
+One thread's CPU time (with --threads, wall time of so many), everything in turn in one process; medians, and the
+median over rounds of the ratio. GEMM: u8 x s8 with bias against MatMulIntegerToFloat, weights of 7 bits where the
+processor has no VNNI. MiniLM: w8a8 as benchmarks/minilm.py calibrates it, last hidden state against the canonical fp32
+graph, compiled for either target.
 """
 
 from __future__ import annotations
