@@ -52,6 +52,7 @@ def test_packing() -> None:
 @needs_nvcc
 def test_nvcc_takes_the_source(arch: str, tmp_path: Path) -> None:
     source = cuda_source({f"k{i}": k.build(f"k{i}") for i, k in enumerate((INT8, INT8_ROW, W4))}, arch)
+    assert source.count("__shared__") == 6
     path = tmp_path / "kernels.cu"
     path.write_text(source)
     cubin = compile_cubin(path, arch).read_bytes()

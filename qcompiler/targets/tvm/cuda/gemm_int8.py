@@ -11,7 +11,20 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.targets.tvm.builder import at, cast, kernel_named, size, store
-from qcompiler.targets.tvm.cuda.tiles import COLUMNS, DEPTH, EACH, ROWS, THREADS, cleared, shared, tiled, up
+from qcompiler.targets.tvm.cuda.tiles import (
+    COLUMNS,
+    DEPTH,
+    EACH,
+    ROWS,
+    THREADS,
+    Load,
+    Multiply,
+    Write,
+    cleared,
+    shared,
+    tiled,
+    up,
+)
 
 WORDS = DEPTH // 4
 
@@ -59,35 +72,39 @@ class Int8:
                 x_scale, x_zero = kernel.argument("x_scale", (count,)), kernel.argument("x_zero", (count,), "int32")
             bias = kernel.argument("bias", (n,)) if self.bias else None
             y = kernel.argument("y", (m, self.out_features))
-            xs, ws = shared(ROWS, WORDS, "int32"), shared(COLUMNS, WORDS, "int32")
-            zero = tirx.const(0, "int32")
-            sums = cleared(zero)
 
-            def load(row: Any, column: Any, step: Any, thread: Any) -> None:
-                with T.serial(0, ROWS * WORDS // THREADS) as part:
-                    place = thread + part * THREADS
-                    r, word = place // WORDS, place % WORDS
-                    here = at(step * DEPTH + word * 4, 4)
-                    values = T.reinterpret(x[row + r, here], dtype="int32")
-                    store(xs, [r, word], tirx.if_then_else(row + r < m, values, zero))
-                    store(ws, [r, word], T.reinterpret(weight[column + r, here], dtype="int32"))
+            def begin() -> tuple[Load, Multiply, Write]:
+                xs, ws = shared(ROWS, WORDS, "int32"), shared(COLUMNS, WORDS, "int32")
+                zero = tirx.const(0, "int32")
+                sums = cleared(zero)
 
-            def multiply(row: Any, column: Any) -> None:
-                for word in range(WORDS):
-                    for i in range(EACH):
-                        for j in range(EACH):
-                            number = i * EACH + j
-                            operands = (xs[row + i, word], ws[column + j, word], sums[number])
-                            store(sums, [number], T.call_pure_extern("int32", "__dp4a", *operands))
+                def load(row: Any, column: Any, step: Any, thread: Any) -> None:
+                    with T.serial(0, ROWS * WORDS // THREADS) as part:
+                        place = thread + part * THREADS
+                        r, word = place // WORDS, place % WORDS
+                        here = at(step * DEPTH + word * 4, 4)
+                        values = T.reinterpret(x[row + r, here], dtype="int32")
+                        store(xs, [r, word], tirx.if_then_else(row + r < m, values, zero))
+                        store(ws, [r, word], T.reinterpret(weight[column + r, here], dtype="int32"))
 
-            def write(row: Any, column: Any, i: int, j: int) -> None:
-                shift, factor = offset[column], scale[column]
-                if self.scales != "static":
-                    which = row if self.scales == "row" else 0
-                    shift, factor = shift * x_zero[which], factor * x_scale[which]
-                value = cast(sums[i * EACH + j] - shift, "float32") * factor
-                with T.If(column < self.out_features), T.Then():
-                    store(y, [row, column], value if bias is None else value + bias[column])
+                def multiply(row: Any, column: Any) -> None:
+                    for word in range(WORDS):
+                        for i in range(EACH):
+                            for j in range(EACH):
+                                number = i * EACH + j
+                                operands = (xs[row + i, word], ws[column + j, word], sums[number])
+                                store(sums, [number], T.call_pure_extern("int32", "__dp4a", *operands))
 
-            tiled(m, n, k, load, multiply, write)
+                def write(row: Any, column: Any, i: int, j: int) -> None:
+                    shift, factor = offset[column], scale[column]
+                    if self.scales != "static":
+                        which = row if self.scales == "row" else 0
+                        shift, factor = shift * x_zero[which], factor * x_scale[which]
+                    value = cast(sums[i * EACH + j] - shift, "float32") * factor
+                    with T.If(column < self.out_features), T.Then():
+                        store(y, [row, column], value if bias is None else value + bias[column])
+
+                return load, multiply, write
+
+            tiled(m, n, k, begin)
         return kernel.function

@@ -11,7 +11,20 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from qcompiler.targets.tvm.builder import cast, f32, kernel_named, size, store
-from qcompiler.targets.tvm.cuda.tiles import COLUMNS, DEPTH, EACH, ROWS, THREADS, cleared, shared, tiled, up
+from qcompiler.targets.tvm.cuda.tiles import (
+    COLUMNS,
+    DEPTH,
+    EACH,
+    ROWS,
+    THREADS,
+    Load,
+    Multiply,
+    Write,
+    cleared,
+    shared,
+    tiled,
+    up,
+)
 
 NIBBLES = 8
 """Weights of one 32-bit word."""
@@ -61,36 +74,42 @@ class Weight4:
             scale, zero = (kernel.argument(label, (n, groups), "float16") for label in ("scale", "zero"))
             bias = kernel.argument("bias", (n,)) if self.bias else None
             y = kernel.argument("y", (m, self.out_features), "float16")
-            xs, ws = shared(ROWS, DEPTH, "float16"), shared(COLUMNS, DEPTH, "float16")
-            sums = cleared(f32(0.0))
 
-            def load(row: Any, column: Any, step: Any, thread: Any) -> None:
-                with T.serial(0, ROWS * DEPTH // THREADS) as part:
-                    place = thread + part * THREADS
-                    r, d = place // DEPTH, place % DEPTH
-                    inside = tirx.all(row + r < m, step * DEPTH + d < self.in_features)
-                    value = tirx.if_then_else(inside, x[row + r, step * DEPTH + d], tirx.const(0.0, "float16"))
-                    store(xs, [r, d], value)
-                words = DEPTH // NIBBLES  # 64 columns of them: one for each thread
-                c, word = thread // words, thread % words
-                first = step * DEPTH + word * NIBBLES
-                group = first // self.group_size
-                for nibble in range(NIBBLES):
-                    packed = weight[column + c, step * words + word]
-                    q = cast((packed >> tirx.const(4 * nibble, "uint32")) & tirx.const(15, "uint32"), "float16")
-                    store(ws, [c, word * NIBBLES + nibble], (q - zero[column + c, group]) * scale[column + c, group])
+            def begin() -> tuple[Load, Multiply, Write]:
+                xs, ws = shared(ROWS, DEPTH, "float16"), shared(COLUMNS, DEPTH, "float16")
+                sums = cleared(f32(0.0))
 
-            def multiply(row: Any, column: Any) -> None:
-                with T.serial(0, DEPTH) as d:
-                    for i in range(EACH):
-                        for j in range(EACH):
-                            product = cast(xs[row + i, d], "float32") * cast(ws[column + j, d], "float32")
-                            store(sums, [i * EACH + j], sums[i * EACH + j] + product)
+                def load(row: Any, column: Any, step: Any, thread: Any) -> None:
+                    with T.serial(0, ROWS * DEPTH // THREADS) as part:
+                        place = thread + part * THREADS
+                        r, d = place // DEPTH, place % DEPTH
+                        inside = tirx.all(row + r < m, step * DEPTH + d < self.in_features)
+                        value = tirx.if_then_else(inside, x[row + r, step * DEPTH + d], tirx.const(0.0, "float16"))
+                        store(xs, [r, d], value)
+                    words = DEPTH // NIBBLES  # 64 columns of them: one for each thread
+                    c, word = thread // words, thread % words
+                    first = step * DEPTH + word * NIBBLES
+                    group = first // self.group_size
+                    for nibble in range(NIBBLES):
+                        packed = weight[column + c, step * words + word]
+                        q = cast((packed >> tirx.const(4 * nibble, "uint32")) & tirx.const(15, "uint32"), "float16")
+                        store(
+                            ws, [c, word * NIBBLES + nibble], (q - zero[column + c, group]) * scale[column + c, group]
+                        )
 
-            def write(row: Any, column: Any, i: int, j: int) -> None:
-                value = sums[i * EACH + j] if bias is None else sums[i * EACH + j] + bias[column]
-                with T.If(column < self.out_features), T.Then():
-                    store(y, [row, column], cast(value, "float16"))
+                def multiply(row: Any, column: Any) -> None:
+                    with T.serial(0, DEPTH) as d:
+                        for i in range(EACH):
+                            for j in range(EACH):
+                                product = cast(xs[row + i, d], "float32") * cast(ws[column + j, d], "float32")
+                                store(sums, [i * EACH + j], sums[i * EACH + j] + product)
 
-            tiled(m, n, k, load, multiply, write)
+                def write(row: Any, column: Any, i: int, j: int) -> None:
+                    value = sums[i * EACH + j] if bias is None else sums[i * EACH + j] + bias[column]
+                    with T.If(column < self.out_features), T.Then():
+                        store(y, [row, column], cast(value, "float16"))
+
+                return load, multiply, write
+
+            tiled(m, n, k, begin)
         return kernel.function

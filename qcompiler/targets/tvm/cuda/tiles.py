@@ -15,6 +15,13 @@ THREADS = 256
 EACH = 4
 """Rows and columns of one thread's numbers."""
 
+Load = Callable[[Any, Any, Any, Any], None]
+"""(first row, first column, step of K, thread)"""
+Multiply = Callable[[Any, Any], None]
+"""(first row, first column of a thread's numbers within the tile)"""
+Write = Callable[[Any, Any, int, int], None]
+"""(row, column, i, j)"""
+
 
 def up(number: int, multiple: int) -> int:
     """The next multiple."""
@@ -25,9 +32,7 @@ def tiled(
     m: Any,
     padded: int,
     depth: int,
-    load: Callable[[Any, Any, Any, Any], None],
-    multiply: Callable[[Any, Any], None],
-    write: Callable[[Any, Any, int, int], None],
+    begin: Callable[[], tuple[Load, Multiply, Write]],
 ) -> None:
     """The loops.
 
@@ -35,15 +40,15 @@ def tiled(
         m: rows.
         padded: columns, a multiple of :data:`COLUMNS`.
         depth: K, a multiple of :data:`DEPTH`.
-        load: (first row, first column, step of K, thread) fills shared memory.
-        multiply: (first row, first column of a thread's numbers within the tile) adds what is in shared memory.
-        write: (row, column, i, j) writes a thread's number i, j; it is called for rows below m only.
+        begin: called within the kernel, where its memory belongs; gives what fills shared memory, what adds what is
+            there, and what writes a thread's number i, j (of rows below m only).
     """
     with (
         T.thread_binding(0, (m + ROWS - 1) // ROWS, thread="blockIdx.y") as down,
         T.thread_binding(0, padded // COLUMNS, thread="blockIdx.x") as across,
         T.thread_binding(0, THREADS, thread="threadIdx.x") as thread,
     ):
+        load, multiply, write = begin()
         row, column = thread // (COLUMNS // EACH) * EACH, thread % (COLUMNS // EACH) * EACH
         with T.serial(0, depth // DEPTH) as step:
             load(down * ROWS, across * COLUMNS, step, thread)
@@ -57,8 +62,8 @@ def tiled(
 
 
 def shared(rows: int, width: int, dtype: str) -> Any:
-    """A table in shared memory, each row one longer: threads that read a column use different banks."""
-    return T.alloc_buffer((rows, width + 1), dtype, scope="shared")
+    """A table in shared memory. (TVM takes away the padding of rows that would spread a column over the banks.)"""
+    return T.alloc_buffer((rows, width), dtype, scope="shared")
 
 
 def cleared(zero: Any) -> Any:
