@@ -27,7 +27,7 @@ from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.drop import MaxDrop, float_outputs
 from qcompiler.runtime.partial import Workplace
-from qcompiler.scheme import BITS, Scheme, resolve
+from qcompiler.scheme import BITS, DTYPES, Scheme, resolve
 from qcompiler.size_budget import SizeBudget, check_size, parse_size
 from qcompiler.streamed import quantize_weights, weight_passes
 from qcompiler.targets import make_target
@@ -184,10 +184,13 @@ def identity(source: Source, asked: Request) -> dict[str, Any]:
 
 
 def default_passes(scheme: Scheme, calibrated: bool) -> str:
-    """The pipeline of a scheme: ``split`` and ``adaptive`` need calibration data and quantized activations."""
+    """The pipeline of a scheme: ``split`` and ``adaptive`` need calibration data and quantized activations; weights of
+    fewer than 8 bits are clipped and rounded by what they meet, where there is data."""
     quantize = "annotate,insert,fold"
     if scheme.outlier_threshold is not None:
         return f"split,{quantize}"
+    if calibrated and scheme.weight.dtype in DTYPES and scheme.weight.bits < 8:
+        return "annotate,insert,clip_weights,gptq,fold"
     return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 
