@@ -26,7 +26,7 @@ class Kernel:
 
     def argument(self, name: str, shape: Sequence[Any], dtype: str = "float32") -> Any:
         """A buffer argument; symbolic sizes are bound by the first argument that has them."""
-        return T.match_buffer(T.arg(name, T.handle()), tuple(shape), dtype)
+        return IRBuilder.name(name, T.match_buffer(T.arg(name, T.handle()), tuple(shape), dtype))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import tvm
 from qcompiler.targets.tvm.cuda import ARCHITECTURES, CudaKernels, TvmCuda
 from qcompiler.targets.tvm.cuda.gemm_int8 import Int8
 from qcompiler.targets.tvm.cuda.gemm_w4 import Weight4
-from qcompiler.targets.tvm.cuda.source import compile_cubin, cuda_source, nvcc
+from qcompiler.targets.tvm.cuda.source import compile_cubin, cuda_source, nvcc, parameters
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="there is no nvcc on this machine")
 needs_gpu = pytest.mark.skipif(not tvm.cuda(0).exist, reason="there is no CUDA GPU on this machine")
@@ -82,6 +84,33 @@ def test_a_models_linears(scheme: str, kernel: str, sign: str, tmp_path: Path) -
     assert loaded.source == made.source
     assert loaded.arrays.keys() == made.arrays.keys()
     assert (tmp_path / "out" / "kernels.cubin").is_file() == (nvcc() is not None)
+    table = json.loads((tmp_path / "out" / "kernels.json").read_text())
+    assert set(table["parameters"]) == set(made.kernels.values())
+    for linear, name in made.kernels.items():
+        constants = {label.removeprefix(f"{linear}.") for label in made.arrays if label.startswith(f"{linear}.")}
+        assert set(table["parameters"][name]) == constants | {"x", "y", "m"}
+
+
+C_TYPES = {"int8": "signed char*", "int32": "int*", "uint32": "uint*", "float32": "float*", "float16": "half*"}
+ARGUMENTS = {
+    INT8: {"x": "int8", "weight": "int8", "offset": "int32", "scale": "float32", "bias": "float32", "y": "float32"},
+    INT8_ROW: {"x": "int8", "weight": "int8", "offset": "int32", "scale": "float32", "x_scale": "float32"}
+    | {"x_zero": "int32", "y": "float32"},
+    W4: {"x": "float16", "weight": "uint32", "scale": "float16", "zero": "float16", "bias": "float32", "y": "float16"},
+}
+
+
+@pytest.mark.parametrize("kernel", ARGUMENTS)
+def test_parameters_stand_as_in_the_signature(kernel: Any) -> None:
+    """Each name at the place of its type; what is written through is y, and no other."""
+    source = cuda_source({"k": kernel.build("k")}, "sm_90")
+    names = parameters(source)["k"]
+    assert sorted(names) == sorted([*ARGUMENTS[kernel], "m"])
+    declared = re.search(r"k_kernel\(([^)]*)\)", source)
+    assert declared
+    for name, text in zip(names, declared[1].split(","), strict=True):
+        assert text.strip().startswith("int64_t " if name == "m" else f"{C_TYPES[ARGUMENTS[kernel][name]]} ")
+    assert set(re.findall(r"\b(\w+)_ptr\[[^;=]*\] = ", source)) == {"y"}
 
 
 def test_architectures_are_named() -> None:

@@ -119,15 +119,18 @@ class CudaKernels:
         )
 
     def save(self, folder: Path) -> None:
-        """Write source, weights and table, and the cubin where there is nvcc."""
+        """Write source, weights and table, and the cubin where there is nvcc.
+
+        The table names each Linear's kernel, and each kernel's arguments in the order of its signature.
+        """
         from safetensors.numpy import save_file
 
-        from qcompiler.targets.tvm.cuda.source import compile_cubin, nvcc
+        from qcompiler.targets.tvm.cuda.source import compile_cubin, nvcc, parameters
 
         (folder / SOURCE).write_text(self.source, encoding="utf-8")
         save_file(dict(self.arrays), folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)  # save_file makes it readable by its owner only
-        table = {"arch": self.arch, "kernels": dict(self.kernels)}
+        table = {"arch": self.arch, "kernels": dict(self.kernels), "parameters": parameters(self.source)}
         (folder / TABLE).write_text(json.dumps(table, indent=1), encoding="utf-8")
         if nvcc() is not None and self.kernels:
             compile_cubin(folder / SOURCE, self.arch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import tvm_ffi
 from qcompiler.core import TargetError
 
 _COMPILE = "tvm_callback_cuda_compile"
+_SIGNATURE = re.compile(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)_kernel\(([^)]*)\)")
 
 
 def cuda_source(functions: Mapping[str, Any], arch: str) -> str:
@@ -29,6 +31,17 @@ def cuda_source(functions: Mapping[str, Any], arch: str) -> str:
         if before is not None:
             tvm_ffi.register_global_func(_COMPILE, before, override=True)
     return "\n".join(str(module.inspect_source("cuda")) for module in library.mod.imports if module.kind == "cuda")
+
+
+def parameters(source: str) -> dict[str, list[str]]:
+    """The arguments of each kernel in the order in which a launch passes them, by the name of its PrimFunc.
+
+    TVM orders them as it likes: pointers under the names of the PrimFunc's arguments, then the symbolic sizes, int64.
+    """
+    return {
+        name: [parameter.split()[-1].removesuffix("_ptr") for parameter in declared.split(",")]
+        for name, declared in _SIGNATURE.findall(source)
+    }
 
 
 def nvcc() -> str | None:
