@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qcompiler.targets.tvm.lowering import compile_module
 LIBRARY, OBJECT, WEIGHTS, ENGINE = "model.so", "model.o", "weights.safetensors", "engine.json"
 VERSION = 1
 COMPILERS = ("g++", "clang++", "c++")
+LINK = f"`g++ -shared -o {LIBRARY} model*.o` in its folder links it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +101,15 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write the library, the weights and the interface.
 
-        Where there is no C++ compiler, an object file takes the library's place; :func:`load` says how to link it.
+        Where there is no C++ compiler, object files take the library's place: code, and the virtual machine's program.
+        A warning, and :func:`load`, say how to link them.
         """
         linked = any(shutil.which(name) for name in COMPILERS)
         if linked:
             self._executable.export_library(str(folder / LIBRARY))
         else:
-            _write_object(self._executable, folder)
+            _write_objects(self._executable, folder)
+            warnings.warn(f"no C++ compiler is found: model*.o take the library's place: {LINK}.", stacklevel=2)
         arrays = {f"{i:05d}": tensor.numpy() for i, tensor in enumerate(self._arguments)}
         save_file(arrays, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(0o644)  # save_file makes it readable by its owner only
@@ -168,9 +172,7 @@ def load(folder: Path) -> Engine:
     library = folder / LIBRARY
     if not library.is_file():
         if (folder / OBJECT).is_file():
-            raise ArtefactError(
-                f"{folder} was saved without a C++ compiler: g++ -shared -o {LIBRARY} {OBJECT} links it."
-            )
+            raise ArtefactError(f"{folder} was saved without a C++ compiler: {LINK}.")
         raise ArtefactError(f"{folder} has no {LIBRARY}: the folder is incomplete.")
     try:
         executable = tvm.runtime.load_module(str(library))
@@ -181,9 +183,10 @@ def load(folder: Path) -> Engine:
         raise ArtefactError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _write_object(executable: Any, folder: Path) -> None:
+def _write_objects(executable: Any, folder: Path) -> None:
     def keep(output: str, objects: Sequence[str], **_: Any) -> None:
-        shutil.copyfile(objects[0], output)
+        for i, path in enumerate(objects):
+            shutil.copyfile(path, Path(output).with_suffix(f".{i}.o" if i else ".o"))
 
     executable.export_library(str(folder / OBJECT), fcompile=keep)
 
