@@ -69,7 +69,8 @@ def compile(
             batch and returns what it loses. Each site is then static, dynamic, in groups or float, as fast as the limit
             allows. A quarter of the calibration samples is held back, and the limit holds on it with a margin.
         max_size: bytes that model.onnx and its data may take, or a text like "40MB". Each Linear then gets 2, 4 or 8
-            bits, or stays in float, such that the model's outputs lose least, by what they lose with it alone so.
+            bits, or stays in float, such that the model's outputs lose least, by what they lose with it alone so; one
+            width for all is kept where it fits and loses less on other calibration samples.
         example_inputs, dynamic_shapes: for torch modules where they cannot be derived.
         seed: for every random choice.
         limit, seq_len: how many calibration samples, of how many tokens.

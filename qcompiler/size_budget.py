@@ -13,25 +13,20 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompiler.budget import SAMPLES, TOKENS, F
+from qcompiler.budget import F
 from qcompiler.core import Capability, Note, OptionError
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear
 from qcompiler.graph.run import Feeds, save_model
-from qcompiler.graph.switch import Switch
-from qcompiler.numerics.knapsack import cheapest, choose_within
+from qcompiler.numerics.knapsack import cheapest
 from qcompiler.passes.base import Pass
 from qcompiler.passes.judging import quantized
 from qcompiler.passes.pipeline import Pipeline
-from qcompiler.report.errors import fixed_batch, sliced
-from qcompiler.runtime.drop import Drop, MaxDrop, float_outputs
-from qcompiler.runtime.evaluate import LOGITS
 from qcompiler.scheme import BITS, DTYPES, Scheme
+from qcompiler.size_plan import FLOAT, Losses, Plan
 from qcompiler.targets.base import Target
 
 NOTE = "max_size"
-FLOAT = 0
-"""The first option of each Linear; the others are the bits that the target runs."""
 TRIES = 4
 """Models to finish at most: transforms may add a few numbers that the choice did not count."""
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -77,7 +72,7 @@ class SizeBudget:
 
     Attributes:
         limit: bytes of model.onnx and its data.
-        search: samples that the errors are measured on.
+        search: samples that the errors are measured and choices compared on.
         scheme, target, capability: what may be chosen, and what it takes.
         stages: shows and times the search.
     """
@@ -106,14 +101,14 @@ class SizeBudget:
         for _ in range(TRIES):
             if cheapest(plan.sizes) > capacity:
                 break
-            choice = choose_within(plan.sizes, plan.errors, capacity)
+            choice, compared = plan.choose(capacity)
             trial = work.fork(self._decided(plan, choice), trial=False)
             for item in passes:
                 trial.apply(item)
             finished = finish(trial)
             saved = saved_bytes(finished.work.model)
             if saved <= self.limit:
-                finished.work.notes += self._notes(plan, choice, saved)
+                finished.work.notes += self._notes(plan, choice, saved, compared)
                 return finished
             capacity -= max(saved - plan.bytes(choice), 1)
         least = self.limit - capacity + cheapest(plan.sizes)
@@ -137,8 +132,8 @@ class SizeBudget:
             for item in tail:
                 trial.apply(item)
             trials.append(trial.model)
-        names = [line.name for group in groups for line in group]
-        errors = self._errors(Switch(work.model, trials, [[name] for name in names]), groups, len(widths), work.model)
+        names = tuple(tuple(line.name for line in group) for group in groups)
+        losses = Losses(work.model, trials, names, self.search)
         sizes = [[_float_bytes(group)] for group in groups]
         fixed = []
         for model in trials:
@@ -148,27 +143,7 @@ class SizeBudget:
                 taken = [stored[nodes[line.name]] for line in group if line.name in nodes]
                 options.append(_constant_bytes(taken) if taken else options[FLOAT])
             fixed.append(saved_bytes(model) - sum(options[-1] for options in sizes))
-        return Plan(tuple(tuple(line.name for line in group) for group in groups), widths, sizes, errors, min(fixed))
-
-    def _errors(
-        self, switch: Switch, groups: Sequence[Sequence[Linear]], widths: int, model: ir.Model
-    ) -> list[list[float]]:
-        """What the model's outputs lose with one group alone in each width, float first.
-
-        Noise over signal of every output, summed; KL divergence where all are logits.
-        """
-        metric = MaxDrop("kl" if all(LOGITS in name for name in float_outputs(model)) else "sqnr", 0.0)
-        drops = [[Drop(metric) for _ in range(widths + 1)] for _ in groups]
-        for feeds in sliced(self.search, SAMPLES, rows=TOKENS, total=TOKENS, whole=fixed_batch(model)):
-            reference = switch(feeds, [FLOAT] * switch.sites)
-            first = 0
-            for group, options in zip(groups, drops, strict=True):
-                for option, drop in enumerate(options):
-                    if option != FLOAT:
-                        choices = [option if first <= i < first + len(group) else FLOAT for i in range(switch.sites)]
-                        drop.update(reference, switch(feeds, choices), feeds)
-                first += len(group)
-        return [[0.0 if option == FLOAT else drop.total for option, drop in enumerate(each)] for each in drops]
+        return Plan(names, widths, sizes, losses.alone(), min(fixed), losses)
 
     def _decided(self, plan: Plan, choice: Sequence[int]) -> Scheme:
         bits = tuple(
@@ -178,39 +153,17 @@ class SizeBudget:
         )
         return dataclasses.replace(self.scheme, bits=(*self.scheme.bits, *bits))
 
-    def _notes(self, plan: Plan, choice: Sequence[int], saved: int) -> list[Note]:
+    def _notes(self, plan: Plan, choice: Sequence[int], saved: int, compared: str) -> list[Note]:
         counts = [sum(len(g) for g, o in zip(plan.groups, choice, strict=True) if o == i) for i in range(len(BITS) + 1)]
         words = ["in float", *(f"in {bits} bits" for bits in plan.widths)]
         spent = ", ".join(f"{count} {word}" for count, word in zip(counts, words, strict=False) if count)
         lost = sum(errors[option] for errors, option in zip(plan.errors, choice, strict=True))
         told = [Note(NOTE, f"{self.limit} bytes at most", f"{saved} bytes saved; Linears: {spent}; error {lost:.1e}")]
+        told.append(Note(NOTE, "chosen", compared))
         for names, errors, sizes, option in zip(plan.groups, plan.errors, plan.sizes, choice, strict=True):
             texts = [f"{w} {e:.1e}, {s} bytes" for w, e, s in zip(words, errors, sizes, strict=True)]
             told += [Note(name, words[option], f"max_size, error alone: {'; '.join(texts)}") for name in names]
         return told
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What there is to choose from.
-
-    Attributes:
-        groups: names of the Linears that share one weight.
-        widths: bits of the options after the first, which is float.
-        sizes: bytes that each option of each group takes in the saved model.
-        errors: what the model loses with that group alone so.
-        fixed: bytes of everything else, at least.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    widths: Sequence[int]
-    sizes: list[list[int]]
-    errors: list[list[float]]
-    fixed: int
-
-    def bytes(self, choice: Sequence[int]) -> int:
-        """Predicted size of the saved model."""
-        return self.fixed + sum(sizes[option] for sizes, option in zip(self.sizes, choice, strict=True))
 
 
 def saved_bytes(model: ir.Model) -> int:

@@ -15,7 +15,7 @@ import qcompiler
 ROOT = Path(qcompiler.__file__).parent
 LAYERS = (
     {"cli"},
-    {"analysis", "driver", "measure", "quantize", "streamed", "options", "budget", "size_budget"},
+    {"analysis", "driver", "measure", "quantize", "streamed", "options", "budget", "size_budget", "size_plan"},
     {"frontends", "targets", "training", "runtime", "report"},
     {"passes"},
     {"calibration"},

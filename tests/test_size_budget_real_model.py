@@ -1,11 +1,11 @@
-"""max_size on a real model: the size is kept, and the more of it, the less is lost."""
+"""max_size on a real model: the size is kept, and no more is lost than with one width that fits."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import qcompiler
@@ -17,17 +17,19 @@ from tests import models
 
 
 @pytest.mark.slow
-def test_sizes_are_kept_and_loss_falls_with_them(tmp_path: Path) -> None:
+def test_sizes_are_kept_and_nothing_plain_loses_less(tmp_path: Path) -> None:
     """KL divergence in nats a token, on sequences that the model sampled itself and calibration did not see.
 
-    Measured at the size of four bits everywhere: 0.083, and 0.072 with four bits everywhere: no gain there.
+    Measured: four bits 0.0717, at the same size 0.0717 (four bits everywhere are chosen, so no tolerance
+    for chance is needed), at 1.2 times the size 0.0182.
     """
-    folder = models.model("stories260k")
-    calibration, held_back = sampled(folder)
+    exact = opened()
+    calibration, held_back = sampled(exact)
+    reference = Runner(exact, threads=1)(held_back)["logits"]
 
     def loss(name: str, **options: int) -> float:
         compiled = qcompiler.compile(
-            folder,
+            exact.clone(),
             scheme="w4a16",
             passes="annotate,insert,clip_weights,fold",
             calibration=calibration,
@@ -35,31 +37,33 @@ def test_sizes_are_kept_and_loss_falls_with_them(tmp_path: Path) -> None:
             progress=False,
             **options,
         )
-        runner = Runner(compiled.model, threads=1, as_deployed=True)
-        reference = Runner(source.model, threads=1)
-        return kl_divergence(reference(held_back)["logits"], runner(held_back)["logits"])
+        have = Runner(compiled.model, threads=1, as_deployed=True)(held_back)["logits"]
+        return kl_divergence(reference, have)
 
-    source = open_source(folder)
-    canonicalise(source.model)
     uniform = loss("uniform")
     size = saved(tmp_path / "uniform")
-    losses = {}
-    for budget in (size * 9 // 10, size, size * 12 // 10):
-        losses[budget] = loss(str(budget), max_size=budget)
-        assert saved(tmp_path / str(budget)) <= budget
-    assert all(a > b for a, b in itertools.pairwise(losses.values()))
-    assert losses[size] < 1.5 * uniform
+    between = size * 12 // 10
+    more = loss("more", max_size=between)
+    assert saved(tmp_path / "more") <= between
+    assert more < 0.35 * uniform
+    same = loss("same", max_size=size)
+    assert saved(tmp_path / "same") <= size
+    assert same <= uniform
+
+
+def opened() -> ir.Model:
+    source = open_source(models.model("stories260k"))
+    canonicalise(source.model)
+    return source.model
 
 
 def saved(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
 
 
-def sampled(folder: Path, count: int = 48, length: int = 48) -> tuple[list[Feeds], Feeds]:
+def sampled(model: ir.Model, count: int = 48, length: int = 48) -> tuple[list[Feeds], Feeds]:
     """Sequences sampled from BOS on at temperature 1: five batches to calibrate on, one held back."""
-    source = open_source(folder)
-    canonicalise(source.model)
-    exact, rng = Runner(source.model, threads=1), np.random.default_rng(0)
+    exact, rng = Runner(model, threads=1), np.random.default_rng(0)
     ids = np.ones((count, 1), np.int64)
     while ids.shape[1] < length:
         logits = exact({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"][:, -1]

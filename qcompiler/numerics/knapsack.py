@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 CELLS = 100_000
-"""Capacities that are told apart: costs are rounded up to a CELLS-th of the span from cheapest to dearest choice."""
+"""Capacities that are told apart. Nothing is rounded where all costs differ by multiples of at least a CELLS-th of the
+span from cheapest to dearest choice, as those of weights do; else costs are rounded up to such a part."""
 
 
 def cheapest(costs: Sequence[Sequence[int]]) -> int:
@@ -28,7 +30,8 @@ def choose_within(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[floa
     """
     least = [min(options) for options in costs]
     span = sum(max(options) - low for options, low in zip(costs, least, strict=True))
-    unit = max(-(-span // CELLS), 1)
+    step = max(math.gcd(*(cost - low for options, low in zip(costs, least, strict=True) for cost in options)), 1)
+    unit = step * max(-(-span // (step * CELLS)), 1)
     cells = min((capacity - sum(least)) // unit, -(-span // unit) + len(costs)) + 1
     best = np.zeros(cells)
     taken = np.zeros((len(costs), cells), np.uint8)

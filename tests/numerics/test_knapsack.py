@@ -19,10 +19,12 @@ def total(table: list[list[float]], choice: tuple[int, ...] | list[int]) -> floa
 
 
 @settings(max_examples=60)
-@given(ITEMS, st.integers(0, 150))
-def test_the_best_of_all_choices(items: list[list[tuple[int, float]]], more: int) -> None:
-    costs, errors = ([[option[i] for option in item] for item in items] for i in (0, 1))
-    capacity = cheapest(costs) + more
+@given(ITEMS, st.integers(0, 150), st.sampled_from([1, 100_003]), st.integers(0, 7))
+def test_the_best_of_all_choices(items: list[list[tuple[int, float]]], more: int, step: int, base: int) -> None:
+    """Also where costs are large: those of weights differ by multiples of their groups' bytes."""
+    costs = [[cost * step + base for cost, _ in item] for item in items]
+    errors = [[error for _, error in item] for item in items]
+    capacity = cheapest(costs) + more * step
     choice = choose_within(costs, errors, capacity)
     assert total(costs, choice) <= capacity
     fitting = (c for c in itertools.product(*(range(len(i)) for i in items)) if total(costs, c) <= capacity)
