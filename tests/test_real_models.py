@@ -95,7 +95,7 @@ def test_minilm_dynamic(minilm: Path, fp32: Path, hidden: Callable[[Run], float]
     assert hidden(plain(tmp_path / "out/model.onnx")) >= 24
 
 
-@pytest.mark.parametrize(("scheme", "bar"), [("w8a8-o3", 25.0), ("w8a8", 26.5), ("w8a8-dynamic", 28.0)])
+@pytest.mark.parametrize(("scheme", "bar"), [("w8a8-o3", 25.0), ("w8a8", 26.5), ("w8a8-dynamic", 28.8)])
 def test_minilm_in_eight_bits(
     minilm: Path, fp32: Path, hidden: Callable[[Run], float], tmp_path: Path, scheme: str, bar: float
 ) -> None:
@@ -172,15 +172,15 @@ def test_smollm2_dynamic(wikitext: Measure) -> None:
     """Looser where weights keep 7 bits, without VNNI: so is the next."""
     compiled, metrics = wikitext("w8a8-dynamic")
     assert metrics.reference_perplexity == pytest.approx(29.60, abs=0.01)
-    assert metrics.perplexity <= (1.05 if saturates() else 1.02) * metrics.reference_perplexity
+    assert metrics.perplexity <= (1.05 if saturates() else 1.005) * metrics.reference_perplexity
     assert compiled.report.coverage_body >= 0.97
 
 
 def test_smollm2_static(wikitext: Measure) -> None:
     """Static where that is worth its time; the other sites say that they are per-token, and why."""
     compiled, metrics = wikitext("w8a8")
-    assert metrics.perplexity <= (1.06 if saturates() else 1.03) * metrics.reference_perplexity
-    assert compiled.report.coverage_body >= 0.97
+    assert metrics.perplexity <= (1.06 if saturates() else 1.005) * metrics.reference_perplexity
+    assert compiled.report.coverage_body >= 0.99
     rows = compiled.report.rows
     per_token = {row.name for row in rows if "per_token" in row.activation}
     assert len(per_token) < len(rows)
