@@ -23,7 +23,7 @@ from qcompiler.passes.annotate import leave_weight
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.insert import Insert
 from qcompiler.passes.judging import FallbackRule, decision, rows_request
-from qcompiler.passes.site_choice import Chooser, Price, Rules, readers_of, sample_requests
+from qcompiler.passes.site_choice import Chooser, Price, Rules, readers_of
 from qcompiler.passes.sites import Site, sharing_weights, sites
 
 
@@ -49,32 +49,39 @@ class Adaptive(Pass):
     rows: int = 512
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        return sample_requests(model, ctx, self.rows)
+        """Of the first round; the others collect theirs from the model as it is quantized by then."""
+        if ctx.scheme.activation is None:
+            return []
+        return self._requests(self._rounds(model, ctx)[0])
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         if ctx.scheme.activation is None:
             return PassResult(False)
         rules = Rules(self._search, self.fold_gain, self.insert_gain, self.smooth_all_linears, self.shift_all_linears)
-        groups = _in_order(model, sharing_weights(sites(model, ctx.scheme)))
-        rounds = max(1, min(self.rounds, len(groups)))
         fallback = FallbackRule(model, ctx.scheme, ctx.capability)
         notes: list[Note] = []
         plans: list[FoldPlan] = []
         ranges: dict[StatRequest, tuple[np.float32, np.float32]] = {}
-        for number, part in enumerate(np.array_split(np.arange(len(groups)), rounds)):
-            together = [groups[i] for i in part]
+        for number, together in enumerate(self._rounds(model, ctx)):
             seen = stats
-            if number and ctx.collect is not None:
-                requests = [
-                    rows_request(linear.x, self.rows) for group in together for s in group for linear in s.linears
-                ]
-                seen = ctx.collect(_quantized_so_far(model, ranges, ctx), requests)
+            if number:
+                assert ctx.collect is not None  # wants() was answered, so there is data
+                seen = ctx.collect(_quantized_so_far(model, ranges, ctx), self._requests(together))
             chooser = Chooser(rules, ctx, fallback, functools.partial(self._read, seen, ctx))
             result = chooser.transform(model, together)
             ranges |= chooser.ranges
             notes += result.notes
             plans += result.plans
         return PassResult(bool(plans), tuple(notes), tuple(plans))
+
+    def _rounds(self, model: ir.Model, ctx: Context) -> list[list[Sequence[Site]]]:
+        """The groups of sites that each round decides, in the order of the graph."""
+        groups = _in_order(model, sharing_weights(sites(model, ctx.scheme)))
+        count = max(1, min(self.rounds, len(groups)))
+        return [[groups[i] for i in part] for part in np.array_split(np.arange(len(groups)), count)]
+
+    def _requests(self, together: Sequence[Sequence[Site]]) -> list[StatRequest]:
+        return [rows_request(linear.x, self.rows) for group in together for site in group for linear in site.linears]
 
     def _search(self, search: SiteSearch, price: Price, sites: Sequence[Site]) -> Choice:
         return search_smoothing(search, alphas=(), scales=SCALES, shifts=SHIFTS, price=price)
