@@ -172,7 +172,7 @@ def test_smollm2_dynamic(wikitext: Measure) -> None:
     """Looser where weights keep 7 bits, without VNNI: so is the next."""
     compiled, metrics = wikitext("w8a8-dynamic")
     assert metrics.reference_perplexity == pytest.approx(29.60, abs=0.01)
-    assert metrics.perplexity <= (1.05 if saturates() else 1.005) * metrics.reference_perplexity
+    assert metrics.perplexity <= (1.05 if saturates() else 1.01) * metrics.reference_perplexity
     assert compiled.report.coverage_body >= 0.97
 
 
