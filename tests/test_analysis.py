@@ -170,17 +170,17 @@ def test_wrong_questions_get_one_sentence() -> None:
 
 @pytest.mark.slow
 def test_minilm_shows_where_its_error_comes_from(minilm: Path) -> None:
-    """Static everywhere; measured: alone 27.6 dB at the worst, layer 0's second MLP Linear; the output 25.5 dB."""
+    """Static everywhere; measured: alone 29.5 dB at the worst, layer 0's second MLP Linear; the output 28.2 dB."""
     from benchmarks import protocol
 
     models.data("stsb/dev.csv")
     sentences = protocol.minilm_calibration()[:64]
     found = qcompiler.analyze(minilm, scheme="w8a8-o3", calibration=sentences, progress=False)
-    assert 24 < found.outputs["last_hidden_state"].sqnr_db < 28
+    assert 26 < found.outputs["last_hidden_state"].sqnr_db < 31
     worst = found.worst(3)
     assert [layer.row.name for layer in worst] == [f"encoder.layer.{i}.output.dense" for i in range(3)]
     assert worst[0].alone is not None
-    assert 25 < worst[0].alone.sqnr_db < 30
+    assert 27 < worst[0].alone.sqnr_db < 32
     site = found.worst_sites(1)[0]
     assert site.before is not None
     assert site.before.ratio > 20
