@@ -44,6 +44,7 @@ METHODS = {
     "GPTQ": "annotate,insert,gptq,fold",
     "GPTQ, clipped groups": "annotate,insert,clip_weights,gptq,fold",
     "AWQ, GPTQ, clipped groups": "awq,annotate,insert,clip_weights,gptq,fold",
+    "split, adaptive, GPTQ, clipped groups": "split,adaptive,annotate,insert,clip_weights,gptq,fold",
 }
 
 
