@@ -119,11 +119,20 @@ def alternate(
     rounds: int,
     warmup: int = 2,
     clock: Callable[[], float] = time.process_time,
+    rest: float = 0.0,
 ) -> dict[str, list[float]]:
-    """CPU (or other) seconds of each run, taken in turn: whatever the machine does meanwhile falls on all alike."""
+    """CPU (or other) seconds of each run, taken in turn: whatever the machine does meanwhile falls on all alike.
+
+    Threads that wait for work go on spinning for a while, and where each has a core they take it from the side whose
+    turn it is. With a ``rest`` (seconds) they are asleep by then; three runs that are not timed wake its own.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(warmup + rounds):
         for name, run in runs.items():
+            if rest:
+                time.sleep(rest)
+                for _ in range(3):
+                    run()
             start = clock()
             run()
             if i >= warmup:
