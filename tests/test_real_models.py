@@ -169,7 +169,8 @@ def wikitext(smollm2: Path) -> Measure:
 
 
 def test_smollm2_dynamic(wikitext: Measure) -> None:
-    """Looser where weights keep 7 bits, without VNNI: so is the next."""
+    """A ratio over 8,192 tokens has a standard error of .002. Looser where weights keep 7 bits, without VNNI: so is the
+    next; `benchmarks/smollm2.py` measured 1.005 and 1.002."""
     compiled, metrics = wikitext("w8a8-dynamic")
     assert metrics.reference_perplexity == pytest.approx(29.60, abs=0.01)
     assert metrics.perplexity <= (1.05 if saturates() else 1.01) * metrics.reference_perplexity
@@ -179,7 +180,7 @@ def test_smollm2_dynamic(wikitext: Measure) -> None:
 def test_smollm2_static(wikitext: Measure) -> None:
     """Static where that is worth its time; the other sites say that they are per-token, and why."""
     compiled, metrics = wikitext("w8a8")
-    assert metrics.perplexity <= (1.06 if saturates() else 1.005) * metrics.reference_perplexity
+    assert metrics.perplexity <= (1.06 if saturates() else 1.01) * metrics.reference_perplexity
     assert compiled.report.coverage_body >= 0.99
     rows = compiled.report.rows
     per_token = {row.name for row in rows if "per_token" in row.activation}
