@@ -22,7 +22,7 @@ from qcompiler.graph.linear import linears
 from qcompiler.graph.rules import canonicalise
 from qcompiler.numerics.gptq import gptq, hessian_error
 from qcompiler.numerics.grids import Grid, weight_grid
-from qcompiler.scheme import resolve
+from qcompiler.presets import resolve
 
 Double = npt.NDArray[np.float64]
 DAMP = 0.01

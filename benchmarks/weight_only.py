@@ -31,7 +31,7 @@ from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import save_model
 from qcompiler.numerics.codebooks import NF4, CodebookGrid, block_absmax, quantize_scales
 from qcompiler.numerics.grids import weight_grid
-from qcompiler.scheme import resolve
+from qcompiler.presets import resolve
 
 SCHEMES = (
     "w4a8",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcompiler.core import OptionError, spell, unknown
+from qcompiler.core import OptionError, unknown
 from qcompiler.frontends.data import Batches
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import Feeds
@@ -21,6 +21,7 @@ from qcompiler.report.errors import error_meters, fixed_batch, sliced
 from qcompiler.report.ranges import measure_sites
 from qcompiler.report.side_by_side import ACCUMULATED, ALONE, OUTPUT
 from qcompiler.scheme import Scheme
+from qcompiler.spelling import spell
 
 
 def analyze(

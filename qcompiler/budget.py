@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability, Note, OptionError
+from qcompiler.capability import Capability
+from qcompiler.core import Note, OptionError
 from qcompiler.graph.run import Feeds, Runner
 from qcompiler.graph.switch import Switch
 from qcompiler.numerics.budget import first_safe, spread, taken, upgrades

@@ -19,6 +19,7 @@ from qcompiler.frontends import open_source
 from qcompiler.graph.rules import canonicalise
 from qcompiler.options import Options
 from qcompiler.passes import PASSES
+from qcompiler.presets import PRESETS
 from qcompiler.report.analysis import METRICS
 from qcompiler.report.analysis_tables import TOP
 from qcompiler.report.render import key_values, summary
@@ -26,7 +27,6 @@ from qcompiler.report.render import to_rich as report_tables
 from qcompiler.runtime.artefact import refuse_file, write_text
 from qcompiler.runtime.load import is_compiled, load
 from qcompiler.runtime.synthetic import Shape
-from qcompiler.scheme import PRESETS
 from qcompiler.targets import TARGETS
 
 _SRC = "an .onnx file (external data beside it) or a Hugging Face folder (config.json and *.safetensors)"

@@ -53,7 +53,7 @@ def compile(
     Args:
         model: torch.nn.Module, torch.export.ExportedProgram, path of an ``.onnx`` file or of a Hugging Face folder,
             onnx.ModelProto, or onnx_ir.Model. It is not changed.
-        scheme: a preset's name (``qcompiler.scheme.PRESETS``) or a Scheme.
+        scheme: a preset's name (``qcompiler.presets.PRESETS``) or a Scheme.
         target: "ort-cpu", "onnx", "onnx{form=qoperator}" or "tvm-llvm".
         calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
             of sentences, or a folder of images. Dynamic schemes run without it (without ``split`` and ``adaptive``).

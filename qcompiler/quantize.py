@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from qcompiler import passes as pass_table
 from qcompiler.budget import Budget, check_budget
-from qcompiler.core import Capability, ModelError, OptionError, TargetError, spell
+from qcompiler.capability import Capability
+from qcompiler.core import ModelError, OptionError, TargetError
 from qcompiler.frontends import Source, open_data, open_source
 from qcompiler.frontends.data import Batches
 from qcompiler.frontends.holdout import hold_back
@@ -24,11 +25,13 @@ from qcompiler.graph.stored import materialise
 from qcompiler.options import Options
 from qcompiler.passes.base import Context, Pass
 from qcompiler.passes.pipeline import Pipeline
+from qcompiler.presets import resolve
 from qcompiler.report.stages import Stages
 from qcompiler.runtime.drop import MaxDrop, float_outputs
 from qcompiler.runtime.partial import Workplace
-from qcompiler.scheme import BITS, DTYPES, Scheme, resolve
+from qcompiler.scheme import BITS, DTYPES, Scheme
 from qcompiler.size_budget import SizeBudget, check_size, parse_size
+from qcompiler.spelling import spell
 from qcompiler.streamed import quantize_weights, weight_passes
 from qcompiler.targets import make_target
 from qcompiler.targets.base import Target

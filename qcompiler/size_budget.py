@@ -14,7 +14,8 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.budget import F
-from qcompiler.core import Capability, Note, OptionError
+from qcompiler.capability import Capability
+from qcompiler.core import Note, OptionError
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear
 from qcompiler.graph.run import Feeds, save_model

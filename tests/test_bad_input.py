@@ -21,7 +21,7 @@ import pytest
 import qcompiler
 from qcompiler import cli
 from qcompiler.core import ArtefactError, DataError, ModelError, OptionError, QCompilerError, TargetError
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.graph.tiny import tiny
 from tests.graphs_int8 import K, feeds, float_mlp
 

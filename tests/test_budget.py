@@ -14,8 +14,8 @@ import qcompiler
 from qcompiler.budget import Budget
 from qcompiler.core import DataError, OptionError, TargetError
 from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.presets import PRESETS
 from qcompiler.runtime.drop import Verdict
-from qcompiler.scheme import PRESETS
 from tests.graph.tiny import tiny
 from tests.passes.blocks import HELD_OUT, batches, block
 from tests.passes.blocks import outputs as outputs_of

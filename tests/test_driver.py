@@ -21,8 +21,8 @@ from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.run import Runner, session_options
 from qcompiler.passes import PASSES
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.presets import PRESETS
 from qcompiler.quantize import default_passes
-from qcompiler.scheme import PRESETS
 from tests import families
 from tests.passes.blocks import HELD_OUT, batches, block, error
 from tests.passes.blocks import outputs as outputs_of

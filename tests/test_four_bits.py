@@ -14,7 +14,7 @@ from qcompiler.graph.run import Runner
 from qcompiler.numerics.codebooks import NF4, CodebookGrid, block_absmax, quantize_scales
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.numerics.metrics import kl_divergence
-from qcompiler.scheme import resolve
+from qcompiler.presets import resolve
 from tests import models
 
 

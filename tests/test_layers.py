@@ -20,7 +20,7 @@ LAYERS = (
     {"passes"},
     {"calibration"},
     {"graph"},
-    {"core", "scheme", "numerics"},
+    {"core", "capability", "spelling", "scheme", "presets", "numerics"},
 )
 """From the top down. ``__init__``, the public face, stands above them all."""
 TORCH = {"torch", "torchvision", "transformers"}

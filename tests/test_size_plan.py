@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.passes.fold import Fold
-from qcompiler.scheme import resolve
+from qcompiler.presets import resolve
 from qcompiler.size_plan import Choice, Losses, Plan
 from tests.passes.blocks import LINEARS, apply, batches, block, context, quantize
 

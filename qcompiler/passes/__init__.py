@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qcompiler.core import build_from_table, parse_spelling
 from qcompiler.passes.base import Pass
+from qcompiler.spelling import build_from_table, parse_spelling
 
 PASSES = {
     "normalise": "qcompiler.passes.normalise:Normalise",

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability, FoldPlan, Note, StatRequest
+from qcompiler.capability import Capability
+from qcompiler.core import FoldPlan, Note, StatRequest
 from qcompiler.graph.run import Feeds
 from qcompiler.scheme import Scheme
 

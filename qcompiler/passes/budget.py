@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability
+from qcompiler.capability import Capability
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.passes.annotate import annotated, leave_weight
 from qcompiler.passes.judging import by_input, decision, forget_decision, keep_float, leave_decision, quantized

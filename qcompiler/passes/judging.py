@@ -12,7 +12,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.observers.folds import FoldSample
-from qcompiler.core import Capability, Note, StatRequest
+from qcompiler.capability import Capability
+from qcompiler.core import Note, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import Linear, linears

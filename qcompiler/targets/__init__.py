@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qcompiler.core import OptionError, build_from_table, parse_spelling
+from qcompiler.core import OptionError
+from qcompiler.spelling import build_from_table, parse_spelling
 from qcompiler.targets.base import Target
 
 TARGETS = {

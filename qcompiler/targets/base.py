@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability, Executable, Kernel, Note
+from qcompiler.capability import Capability, Kernel
+from qcompiler.core import Executable, Note
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import linears
 

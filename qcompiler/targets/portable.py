@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.core import Capability, Kernel, Note, unknown
+from qcompiler.capability import Capability, Kernel
+from qcompiler.core import Note, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
 from qcompiler.graph.functions import inline_functions, is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear, linears

@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.obq import DAMP, obs
 from qcompiler.numerics.gptq import gptq, hessian_error
 from qcompiler.numerics.grids import weight_grid
-from qcompiler.scheme import resolve
+from qcompiler.presets import resolve
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(400, 48)) @ RNG.normal(size=(48, 48))

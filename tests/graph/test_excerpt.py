@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompiler.core import Capability
+from qcompiler.capability import Capability
 from qcompiler.graph.canonical import check
 from qcompiler.graph.excerpt import excerpt, put_back
 from qcompiler.graph.linear import linears
@@ -14,7 +14,7 @@ from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.base import Context, Pass
 from qcompiler.passes.fold import Fold
 from qcompiler.passes.insert import Insert
-from qcompiler.scheme import resolve
+from qcompiler.presets import resolve
 from tests.graph.tiny import tiny
 from tests.passes.blocks import HELD_OUT, block
 

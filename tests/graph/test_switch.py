@@ -11,7 +11,7 @@ from qcompiler.graph.run import Runner
 from qcompiler.graph.switch import Switch
 from qcompiler.passes.fold import Fold
 from qcompiler.passes.judging import by_input, decision, keep_float, leave_decision
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.passes.blocks import HELD_OUT, apply, block, context, quantize
 
 SITES = [["q0", "k"], ["up0"], ["down0"], ["post", "logits0"]]

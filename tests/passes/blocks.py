@@ -9,12 +9,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration import collect
-from qcompiler.core import Capability
+from qcompiler.capability import Capability
 from qcompiler.graph.run import Feeds, Runner
 from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.base import Context, Pass, PassResult
 from qcompiler.passes.insert import Insert
-from qcompiler.scheme import Scheme, resolve
+from qcompiler.presets import resolve
+from qcompiler.scheme import Scheme
 from tests.graph.tiny import tiny
 
 WIDTH = 32

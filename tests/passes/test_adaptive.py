@@ -15,7 +15,7 @@ from qcompiler.passes import make_pass
 from qcompiler.passes.adaptive import Adaptive
 from qcompiler.passes.base import Context
 from qcompiler.passes.judging import decision
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.graph.tiny import tiny
 from tests.passes.blocks import LINEARS, WIDTH, apply, batches, block, error, outputs, quantize
 from tests.passes.blocks import context as plain_context

@@ -11,7 +11,8 @@ import pytest
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.passes.annotate import Annotate, annotated
 from qcompiler.passes.judging import leave_decision
-from qcompiler.scheme import PRESETS, TensorSpec
+from qcompiler.presets import PRESETS
+from qcompiler.scheme import TensorSpec
 from tests.graph.tiny import tiny
 from tests.passes.blocks import LINEARS, WIDTH, apply, block, context
 

@@ -10,11 +10,12 @@ from typing import ClassVar
 import onnx_ir as ir
 import pytest
 
-from qcompiler.core import Note, OptionError, spell
+from qcompiler.core import Note, OptionError
 from qcompiler.passes import PASSES, make_pass, parse_pipeline
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.fold import Fold
 from qcompiler.passes.smooth import Smooth
+from qcompiler.spelling import spell
 from tests.passes.blocks import block, context
 
 

@@ -6,12 +6,14 @@ import dataclasses
 
 import pytest
 
-from qcompiler.core import Capability, TargetError
+from qcompiler.capability import Capability
+from qcompiler.core import TargetError
 from qcompiler.graph.linear import linears
 from qcompiler.passes.annotate import Annotate, annotated
 from qcompiler.passes.budget import decide, decisions, options, prepare, sites
 from qcompiler.passes.judging import leave_decision
-from qcompiler.scheme import PRESETS, TensorSpec
+from qcompiler.presets import PRESETS
+from qcompiler.scheme import TensorSpec
 from qcompiler.targets import make_target
 from tests.passes.blocks import LINEARS, WIDTH, apply, block, context
 

@@ -11,7 +11,7 @@ from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linear_named
 from qcompiler.passes.base import Context
 from qcompiler.passes.equalize import Equalize
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.graph.tiny import tiny
 from tests.passes.blocks import apply, batches, context, error, outputs, quantize
 

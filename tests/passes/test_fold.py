@@ -20,7 +20,7 @@ from qcompiler.graph.weights import BITS, folded_grid, rounded_weight
 from qcompiler.numerics.affine import quantize_weight
 from qcompiler.passes import make_pass
 from qcompiler.passes.fold import Fold
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.graph.tiny import tiny
 from tests.passes.blocks import LINEARS, WIDTH, apply, block, context, error, outputs, quantize
 

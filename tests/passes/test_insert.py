@@ -24,7 +24,7 @@ from qcompiler.numerics.affine import (
 from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.insert import Insert
 from qcompiler.passes.judging import leave_decision
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.graph.tiny import tiny
 from tests.passes.blocks import LINEARS, WIDTH, apply, batches, block, context, error, outputs, quantize
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qcompiler.calibration import collect
-from qcompiler.core import Capability, Kernel
+from qcompiler.capability import Capability, Kernel
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linear_named, linears
 from qcompiler.numerics.site_search import with_margin
@@ -26,7 +26,8 @@ from qcompiler.passes.judging import (
     reader,
     sample_request,
 )
-from qcompiler.scheme import PRESETS, TensorSpec
+from qcompiler.presets import PRESETS
+from qcompiler.scheme import TensorSpec
 from tests.graph.tiny import tiny
 from tests.passes.blocks import LINEARS, WIDTH, batches, block
 

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.core import Capability
+from qcompiler.capability import Capability
 from qcompiler.graph import canonical
 from qcompiler.graph.linear import linears
 from qcompiler.graph.rules import canonicalise
@@ -15,7 +15,7 @@ from qcompiler.graph.rules.rewriter import MAP, PARAMETER, TIED
 from qcompiler.graph.run import Runner
 from qcompiler.passes import make_pass
 from qcompiler.passes.base import Context
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests import families
 from tests.graph.rules.spelling import counts
 

@@ -13,7 +13,7 @@ from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.linear import linear_named
 from qcompiler.passes import make_pass
 from qcompiler.passes.shift import SAMPLERS, Shift
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.passes.blocks import WIDTH, apply, batches, block, context, error, outputs, quantize
 
 OFF = np.where(np.arange(WIDTH) % 2, 25, -25).astype(np.float32)

@@ -12,7 +12,7 @@ from qcompiler.graph.linear import linear_named
 from qcompiler.passes import make_pass
 from qcompiler.passes.judging import decision
 from qcompiler.passes.smooth import Smooth
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests.graph.tiny import tiny
 from tests.passes.blocks import WIDTH, apply, batches, block, context, error, outputs, quantize
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qcompiler.calibration.observers.base import Observer
-from qcompiler.core import OptionError, build_from_table, parse_spelling
+from qcompiler.core import OptionError
+from qcompiler.spelling import build_from_table, parse_spelling
 
 __all__ = ["OBSERVERS", "Observer", "make_observer"]
 

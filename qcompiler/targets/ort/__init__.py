@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability
+from qcompiler.capability import Capability
 from qcompiler.graph.edit import remove_dead
 from qcompiler.graph.functions import OPSET, inline_functions
 from qcompiler.graph.shapes import concrete_shapes

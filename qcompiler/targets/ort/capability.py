@@ -6,7 +6,7 @@ import functools
 import platform
 from pathlib import Path
 
-from qcompiler.core import Capability, Kernel
+from qcompiler.capability import Capability, Kernel
 from qcompiler.targets.base import block_kernels, storage_kernels, table_kernels
 from qcompiler.targets.ort import bnb4
 from qcompiler.targets.ort.costs import KERNELS, load_costs

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompiler.core import ArtefactError, Times
+from qcompiler.capability import Times
+from qcompiler.core import ArtefactError
 
 VERSION = 1
 DEFAULT = Path(__file__).with_name("costs.json")

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qcompiler.core import Capability, Executable, Kernel, TargetError
+from qcompiler.capability import Capability, Kernel
+from qcompiler.core import Executable, TargetError
 from qcompiler.targets.base import Coverage, Lowered, Target, block_kernels, coverage_of
 from qcompiler.targets.tvm.kernels import BY_GROUP, FLOAT, FLOAT_BY_GROUP, INT8, INTEGERS
 

@@ -18,7 +18,8 @@ from qcompiler.graph.run import Runner
 from qcompiler.graph.weights import codebook_of, rounded_weight
 from qcompiler.passes.base import Context
 from qcompiler.passes.fold import Fold
-from qcompiler.scheme import TensorSpec, resolve
+from qcompiler.presets import resolve
+from qcompiler.scheme import TensorSpec
 from qcompiler.targets.ort import OrtCpu
 from qcompiler.targets.ort.optimised import optimised_graph
 from qcompiler.targets.portable import Portable

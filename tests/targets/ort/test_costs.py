@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qcompiler.core import ArtefactError
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from qcompiler.targets.ort import OrtCpu
 from qcompiler.targets.ort.capability import saturates
 from qcompiler.targets.ort.costs import DEFAULT, KERNELS, CostTable, load_costs

@@ -19,7 +19,8 @@ from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.base import Context
 from qcompiler.passes.fold import Fold
 from qcompiler.passes.insert import Insert
-from qcompiler.scheme import Scheme, resolve
+from qcompiler.presets import resolve
+from qcompiler.scheme import Scheme
 from qcompiler.targets.ort import OrtCpu
 from tests.graph.tiny import tiny
 

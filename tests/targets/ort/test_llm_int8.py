@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import qcompiler
 from qcompiler.core import DataError, OptionError
 from qcompiler.numerics.affine import quantize_weight
-from qcompiler.scheme import TensorSpec, resolve
+from qcompiler.presets import resolve
+from qcompiler.scheme import TensorSpec
 from qcompiler.targets.ort import OrtCpu
 from tests.graph.tiny import tiny
 

@@ -14,7 +14,8 @@ from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.base import Context
 from qcompiler.passes.fold import Fold
 from qcompiler.passes.insert import Insert
-from qcompiler.scheme import Scheme, TensorSpec, resolve
+from qcompiler.presets import resolve
+from qcompiler.scheme import Scheme, TensorSpec
 from qcompiler.targets.ort import OrtCpu
 from qcompiler.targets.ort.nbits import Blocks, block_size
 from qcompiler.targets.portable import Portable

@@ -10,7 +10,7 @@ import pytest
 
 import qcompiler
 from qcompiler.core import TargetError
-from qcompiler.scheme import PRESETS
+from qcompiler.presets import PRESETS
 from tests import families
 from tests.targets.tvm.test_target import check_outputs, compile_family
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.core import ArtefactError, Capability, Executable, Kernel, TargetError
+from qcompiler.capability import Capability, Kernel
+from qcompiler.core import ArtefactError, Executable, TargetError
 from qcompiler.targets.base import Coverage, Lowered, Target, block_kernels, coverage_of
 
 DP4A, WEIGHT4 = "dp4a GEMM", "fp16 x int4 GEMM"
