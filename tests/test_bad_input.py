@@ -1,7 +1,7 @@
 """Every bad input of a compile: the right kind of error, one sentence, and nothing half-written, in no folder.
 
 What each layer says about its own bad input in detail is tested there (tests/frontends, tests/runtime); the command
-line's exit codes in tests/test_cli.py. Here the whole way through compile() is what counts.
+line's exit codes in tests/cli. Here the whole way through compile() is what counts.
 """
 
 from __future__ import annotations
