@@ -21,7 +21,7 @@ from tvm import relax
 
 from qcompiler.core import ArtefactError, DataError, ModelError
 from qcompiler.targets.tvm.emit.dims import Size, axes_of, evaluate, from_json, to_json
-from qcompiler.targets.tvm.emit.graph import Emitted, input_sizes
+from qcompiler.targets.tvm.emit.emitted import Emitted, input_sizes
 from qcompiler.targets.tvm.isa import Isa, runs_here
 from qcompiler.targets.tvm.lowering import compile_module
 

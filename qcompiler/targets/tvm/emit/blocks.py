@@ -1,4 +1,4 @@
-"""Norms, attention, rotary embeddings, convolutions and products of activations."""
+"""Norms, rotary embeddings, convolutions and products of activations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from qcompiler.targets.tvm.emit.linears import (
 )
 from qcompiler.targets.tvm.emit.movement import expand, transpose
 from qcompiler.targets.tvm.kernels import gemm_f32
-from qcompiler.targets.tvm.kernels.attention import Attention
 from qcompiler.targets.tvm.kernels.batch_matmul import BatchMatMul
 from qcompiler.targets.tvm.kernels.epilogue import Epilogue
 from qcompiler.targets.tvm.kernels.norm import Norm
@@ -78,44 +77,6 @@ def norm(
     outputs += [((m,), "float32"), ((m,), "int32")]
     y, q, x_scale, x_zero = builder.call(kernel, inputs, outputs)
     return builder.view(y, x.sizes), Integers(q, x.sizes, granularity, x_scale=x_scale, x_zero=x_zero)
-
-
-def attention(
-    builder: Builder,
-    operands: Sequence[tuple[Tensor, bool]],
-    mask: Tensor | None,
-    scale: float,
-    merged: bool,
-) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v.
-
-    Args:
-        builder: where to.
-        operands: q, k, v, each with whether it is [B, S, H, D] instead of [B, H, S, D].
-        mask: additive, of rank 4.
-        scale: of the scores.
-        merged: whether the result is [B, S, H, D].
-    """
-    shapes = [(t.sizes[0], t.sizes[2], t.sizes[1], t.sizes[3]) if rows else t.sizes for t, rows in operands]
-    (b, heads, s, width), (_, key_heads, t, _), (_, _, _, value_width) = shapes
-    for number in (heads, key_heads, width, value_width):
-        if not isinstance(number, int):
-            raise ValueError("its heads hang on open axes")
-    full = (b, heads, s, t)
-    if mask is not None and (broadcast(mask.sizes, full) != full):
-        raise ValueError(f"its mask {list(mask.sizes)} does not fit scores {list(full)}")
-    kernel = Attention(
-        heads,  # type: ignore[arg-type]
-        key_heads,  # type: ignore[arg-type]
-        width,  # type: ignore[arg-type]
-        value_width,  # type: ignore[arg-type]
-        scale,
-        (operands[0][1], operands[1][1], operands[2][1], merged),
-        None if mask is None else tuple(own != size for own, size in zip(mask.sizes, full, strict=True)),  # type: ignore[arg-type]
-    )
-    inputs = [tensor for tensor, _ in operands] + ([mask] if mask is not None else [])
-    sizes = (b, s, heads, value_width) if merged else (b, heads, s, value_width)
-    return builder.call(kernel, inputs, [(sizes, "float32")])[0]
 
 
 def rotary(builder: Builder, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,66 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-from tvm import relax, tirx
+from tvm import relax
 
 from qcompiler.core import Note, TargetError
 from qcompiler.graph.edit import array_of, users
 from qcompiler.graph.functions import FAKE_QUANT, is_call
-from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.linear import linears
 from qcompiler.graph.shapes import concrete_shapes
-from qcompiler.numerics.affine import dequantize
-from qcompiler.targets.ort.heads import merged_output, trace
 from qcompiler.targets.tvm.emit import blocks, elementwise, movement, reductions
 from qcompiler.targets.tvm.emit import linears as products
+from qcompiler.targets.tvm.emit.attention import attention
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.choice import emit_linear, kernel_note, kernel_of
-from qcompiler.targets.tvm.emit.dims import Size, symbol
+from qcompiler.targets.tvm.emit.emitted import Emitted, axis_name, input_sizes
 from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan, smoothing_of
-from qcompiler.targets.tvm.emit.numbers import Numbers, compute, is_open
+from qcompiler.targets.tvm.emit.numbers import Numbers, compute, tidy
+from qcompiler.targets.tvm.emit.values import Values, constant_of
 from qcompiler.targets.tvm.isa import Isa, fits_maddubs, with_narrow_weights
 from qcompiler.targets.tvm.kernels import FLOAT, INTEGERS
 
-AXES = ("batch", "sequence")
 TYPES = ("float32", "int64", "int32", "bool", "int8", "uint8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Emitted:
-    """A module and what it needs to run.
-
-    Attributes:
-        module: with one function, ``main(inputs, constants)``, whose result is a tuple of the outputs.
-        constants: by name, in the order of the parameters.
-        limits: open sizes, as polynomials over axes, that must not grow beyond a number.
-        nodes: name of each Linear -> the kernel that computes it, one of :data:`qcompiler.targets.tvm.kernels.LINEAR`.
-        notes: what became of each Linear.
-        isa: what the kernels were made for.
-    """
-
-    module: Any
-    constants: Mapping[str, npt.NDArray[Any]]
-    limits: tuple[tuple[Size, int], ...]
-    nodes: Mapping[str, str]
-    notes: tuple[Note, ...]
-    isa: Isa
-
-
-def input_sizes(value: ir.Value) -> tuple[Size, ...]:
-    """A graph input's shape; open axes are named by their place: all batches are one, all sequences are one."""
-    assert value.shape is not None
-    return tuple(d if isinstance(d, int) else symbol(axis_name(i)) for i, d in enumerate(value.shape))
-
-
-def axis_name(axis: int) -> str:
-    """The name of an open axis."""
-    return AXES[axis] if axis < len(AXES) else f"axis{axis}"
 
 
 def emit(model: ir.Model, isa: Isa, tune: bool = False) -> Emitted:
@@ -94,8 +59,8 @@ class _Emitter:
         }
         self.builder = Builder(isa, sorted(names), tiling)
         self.facts = concrete_shapes(model)
-        self.values: dict[ir.Value, Tensor] = {}
-        self.numbers: dict[ir.Value, Numbers] = {}
+        self.values = Values(self.builder)
+        self.tensor = self.values.tensor
         self.integers: dict[ir.Node, products.Integers] = {}
         self.notes: list[Note] = []
         self.nodes: dict[str, str] = {}
@@ -118,7 +83,7 @@ class _Emitter:
             if value.dtype is None or value.shape is None or value.dtype.numpy().name not in TYPES:
                 raise TargetError(f"input {value.name!r} of type {value.dtype} cannot be compiled for tvm-llvm.")
             tensor = builder.variable(f"i{i}", input_sizes(value), value.dtype.numpy().name)
-            self.values[value] = tensor
+            self.values.tensors[value] = tensor
             arguments.append(tensor.var)
         block = builder.block
         with block.function("main", attrs={"num_input": len(arguments)}, pure=True):
@@ -131,60 +96,6 @@ class _Emitter:
         return Emitted(
             block.get(), builder.constants, tuple(builder.limits), self.nodes, tuple(self.notes), builder.isa
         )
-
-    # --- values
-
-    def tensor(self, value: ir.Value | None) -> Tensor:
-        """The value as a tensor; a constant becomes a parameter."""
-        assert value is not None
-        if value not in self.values:
-            if value in self.numbers:
-                self.values[value] = self._open_tensor(self.numbers[value], value.name or "")
-            else:
-                array = self.constant(value)
-                if array is None:
-                    raise ValueError(f"its input {value.name!r} is not known")
-                self.values[value] = self.builder.constant(value.name or f"constant{len(self.values)}", array)
-        return self.values[value]
-
-    def constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
-        """The numbers of an initializer, or of one that is dequantized; None for what is computed."""
-        array = array_of(value)
-        producer = value.producer() if value is not None else None
-        if array is None and producer is not None and producer.op_type == "DequantizeLinear":
-            stored, scale = (array_of(v) for v in producer.inputs[:2])
-            if stored is not None and scale is not None:
-                zero = array_of(producer.inputs[2]) if len(producer.inputs) > 2 else None
-                if zero is None:
-                    zero = np.zeros(1, np.int8)
-                return dequantize(stored, _along(scale, producer, stored.ndim), _along(zero, producer, stored.ndim))
-        return array
-
-    def _open_tensor(self, array: Numbers, name: str) -> Tensor:
-        if not is_open(array):
-            return self.builder.constant(f"{name}.numbers", array)
-        sizes = list(array.reshape(-1))
-
-        def body(_: Any, index: Sequence[Any]) -> Any:
-            expressions = [self.builder.expression(size) for size in sizes]
-            value = expressions[-1]
-            for number in reversed(range(len(expressions) - 1)):
-                value = tirx.Select(index[0] == number, expressions[number], value)
-            return value
-
-        flat = self.builder.compute("sizes", (len(sizes),), "int64", [], body, sizes)
-        return self.builder.view(flat, array.shape)
-
-    def _known(self, value: ir.Value | None) -> Numbers | None:
-        if value is None:
-            return None
-        if value not in self.numbers and value not in self.values:
-            tensor = ir.convenience.get_const_tensor(value) if not value.is_graph_input() else None
-            if tensor is not None and tensor.size <= 4096:
-                self.numbers[value] = tensor.numpy()
-        return self.numbers.get(value)
-
-    # --- nodes
 
     def _node(self, node: ir.Node) -> None:
         if node in self.skipped:
@@ -208,16 +119,16 @@ class _Emitter:
             chosen = sizes[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(sizes))]
             array = np.empty(len(chosen), object)
             array[:] = chosen
-            compute_result: list[Numbers] | None = [_tidy(array)]
+            compute_result: list[Numbers] | None = [tidy(array)]
         else:
-            numbers = [self._known(value) for value in node.inputs]
+            numbers = [self.values.known(value) for value in node.inputs]
             known = all(n is not None for n, value in zip(numbers, node.inputs, strict=True) if value is not None)
             compute_result = compute(node, numbers) if known and node.inputs else None
         if compute_result is not None:
-            self.numbers.update(zip(node.outputs, compute_result, strict=False))
+            self.values.numbers.update(zip(node.outputs, compute_result, strict=False))
             return
         for value, tensor in zip(node.outputs, self._tensors(node), strict=False):
-            self.values[value] = tensor
+            self.values.tensors[value] = tensor
 
     def _tensors(self, node: ir.Node) -> list[Tensor]:
         builder, inputs = self.builder, node.inputs
@@ -226,7 +137,9 @@ class _Emitter:
         if is_call(node, "RMSNorm") or (node.op_type == "LayerNormalization" and node.domain == ""):
             return [self._norm(node)]
         if is_call(node, "Attention", "MaskedAttention"):
-            return [self._attention(node)]
+            y, unnecessary = attention(self.values, node, self.facts)
+            self.skipped |= unnecessary
+            return [y]
         if is_call(node, "RotaryEmbedding"):
             return [blocks.rotary(builder, *(self.tensor(value) for value in inputs))]
         if node.domain != "":
@@ -234,7 +147,7 @@ class _Emitter:
         if node.op_type == "MatMul":
             return [blocks.matmul(builder, *(self.tensor(value) for value in inputs))]
         if node.op_type == "Conv":
-            weight, bias = (self.constant(v) for v in (inputs[1], inputs[2] if len(inputs) > 2 else None))
+            weight, bias = (constant_of(v) for v in (inputs[1], inputs[2] if len(inputs) > 2 else None))
             if weight is None:
                 raise ValueError("its weight is not constant")
             return [blocks.convolution(builder, node, self.tensor(inputs[0]), weight, bias)]
@@ -243,7 +156,7 @@ class _Emitter:
         rule = movement.RULES.get(node.op_type) or reductions.RULES.get(node.op_type)
         if rule is None:
             raise ValueError("the operator is not among those it has")
-        numbers = [self._known(value) for value in inputs]
+        numbers = [self.values.known(value) for value in inputs]
         tensors = [self.tensor(v) for v in inputs[: _OPERANDS.get(node.op_type, 1) or len(inputs)] if v is not None]
         return list(rule(builder, node, tensors, numbers))
 
@@ -287,41 +200,9 @@ class _Emitter:
             self.integers[quant] = integers
         return y
 
-    def _attention(self, node: ir.Node) -> Tensor:
-        builder, operands = self.builder, []
-        for value in node.inputs[:3]:
-            assert value is not None
-            traced = trace(value, self.facts)
-            if traced.rotation is not None:
-                operands.append((self.tensor(traced.rotation.outputs[0]), False))
-            elif traced.rows is not None:
-                rows = self.tensor(traced.rows)
-                b, s = rows.sizes[:2]
-                operands.append((builder.view(rows, (b, s, traced.count, self.facts[value.name or ""].shape[3])), True))
-            else:
-                operands.append((self.tensor(traced.value), False))
-        key_heads, value_heads = ((t.sizes[2] if rows else t.sizes[1]) for t, rows in operands[1:])
-        if key_heads != value_heads:  # a repeat that was found on one side only
-            operands[1:] = [(self.tensor(v), False) for v in node.inputs[1:3]]
-        mask = self.tensor(node.inputs[3]) if len(node.inputs) > 3 else None
-        if mask is not None:
-            mask = builder.view(mask, (*([1] * (4 - len(mask.sizes))), *mask.sizes))
-        merged = merged_output(node, self.facts)
-        y = blocks.attention(builder, operands, mask, node.attributes.get_float("scale"), merged is not None)
-        if merged is None:
-            return y
-        b, s, h, d = y.sizes
-        reshape = merged.producer()
-        assert reshape is not None
-        transpose = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None
-        assert transpose is not None
-        self.skipped |= {reshape, transpose}
-        self.values[merged] = builder.view(y, (b, s, h * d))
-        return y
-
     def _linear(self, fused: Fused) -> None:
         linear, builder = fused.linear, self.builder
-        bias = self.constant(linear.bias) if linear.bias is not None else None
+        bias = constant_of(linear.bias) if linear.bias is not None else None
         residuals = [self.tensor(value) for value in fused.residuals]
         kernel, weight = kernel_of(linear), None
         x: products.Integers | Tensor
@@ -331,20 +212,20 @@ class _Emitter:
         else:
             x = self.tensor(linear.matmul.inputs[0])
         if kernel == FLOAT:
-            weight = self.constant(linear.matmul.inputs[1])
+            weight = constant_of(linear.matmul.inputs[1])
             assert weight is not None
         y = emit_linear(builder, fused, x, weight, bias, residuals)
         self.nodes[linear.name] = kernel
         self.notes.append(kernel_note(fused, kernel))
         if fused.requantize is None:
-            self.values[fused.output] = y
+            self.values.tensors[fused.output] = y
         else:
             steps = products.static_steps(fused.requantize)
             self.integers[fused.requantize] = products.Integers(
                 y, (*x.sizes[:-1], linear.out_features), "static", *steps
             )
             if any(reader not in self.products for reader in users(fused.requantize.outputs[0])):
-                self.values[fused.requantize.outputs[0]] = products.restored(
+                self.values.tensors[fused.requantize.outputs[0]] = products.restored(
                     self.builder, self.integers[fused.requantize]
                 )
             self.skipped.add(fused.requantize)
@@ -352,21 +233,3 @@ class _Emitter:
 
 _OPERANDS = {"Concat": 0, "Gather": 2, "GatherElements": 2, "GatherND": 2, "Range": 0}
 """How many of the inputs are tensors, 0 for all; the others are axes, shapes and the like."""
-
-
-def _along(array: npt.NDArray[Any], node: ir.Node, rank: int) -> npt.NDArray[Any]:
-    """A scale or zero point so that it broadcasts along the node's axis."""
-    if array.size == 1:
-        return array.reshape(())
-    if array.ndim == rank:
-        raise ValueError("its weight has scales by group")
-    shape = [1] * rank
-    shape[node.attributes.get_int("axis", 1) % rank] = array.size
-    return array.reshape(shape)
-
-
-def _tidy(array: Numbers) -> Numbers:
-    return array.astype(np.int64) if not any(not isinstance(item, int) for item in array) else array
-
-
-__all__ = ["Emitted", "Linear", "emit", "input_sizes"]
