@@ -37,8 +37,13 @@ class Linear:
     weight_quant: ir.Node | None
 
     @property
+    def nodes(self) -> list[ir.Node]:
+        """The MatMul, and the Add where there is a bias."""
+        return [self.matmul] if self.add is None else [self.matmul, self.add]
+
+    @property
     def output(self) -> ir.Value:
-        return (self.add or self.matmul).outputs[0]
+        return self.nodes[-1].outputs[0]
 
     @property
     def in_features(self) -> int:

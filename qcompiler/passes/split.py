@@ -174,8 +174,7 @@ def _split(graph: ir.Graph, group: Sequence[Linear], outliers: npt.NDArray[np.in
         for node in (product, total):
             node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
             node.outputs[0].name = unique_name(graph, node.name or "")
-        last = linear.add or linear.matmul
         replace_value(output, total.outputs[0])
         total.replace_input_with(0, output)
-        graph.insert_after(last, [product, total])
+        graph.insert_after(linear.nodes[-1], [product, total])
         keep_float(product, "outlier channels, kept in float by split")

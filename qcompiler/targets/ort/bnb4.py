@@ -9,13 +9,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import Note
-from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value
+from qcompiler.graph.edit import add_initializer, array_of
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.weights import codebook_of
 from qcompiler.numerics.codebooks import CODEBOOKS
+from qcompiler.targets.ort.emit import contrib_instead
 
-CONTRIB = "com.microsoft"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Block sizes that the operator takes."""
 _TYPES: Mapping[str, tuple[int, tuple[int, ...]]] = {
@@ -49,7 +49,9 @@ def lower_codebooks(model: ir.Model) -> tuple[dict[str, str], list[Note]]:
         kind, numbers = _TYPES[name]
         if call not in packed:
             packed[call] = _packed(model.graph, linear, np.array(numbers, np.uint8))
-        node = _product(model, linear, call, packed[call], {"block_size": size, "quant_type": kind})
+        attributes = {"K": linear.in_features, "N": linear.out_features, "block_size": size, "quant_type": kind}
+        inputs = [linear.x, packed[call], call.inputs[2]]
+        node = contrib_instead(model, [linear.matmul], "MatMulBnb4", inputs, attributes, f"{linear.name}.table")
         nodes[linear.name] = node.name or ""
         notes.append(Note(linear.name, f"MatMulBnb4.g{size}", f"{name} weights, float inputs"))
     return nodes, notes
@@ -70,23 +72,3 @@ def _packed(graph: ir.Graph, linear: Linear, numbers: npt.NDArray[np.uint8]) -> 
         flat = np.append(flat, numbers[:1])
     name = (linear.weight.name or linear.name).removesuffix("_quantized")
     return add_initializer(graph, f"{name}_packed", (flat[0::2] << 4) | flat[1::2])
-
-
-def _product(model: ir.Model, linear: Linear, call: ir.Node, weight: ir.Value, attributes: dict[str, int]) -> ir.Node:
-    model.graph.opset_imports.setdefault(CONTRIB, 1)
-    old = linear.matmul.outputs[0]
-    node = insert_node(
-        model.graph,
-        linear.matmul,
-        "MatMulBnb4",
-        [linear.x, weight, call.inputs[2]],
-        domain=CONTRIB,
-        attributes={"K": linear.in_features, "N": linear.out_features, **attributes},
-        name=f"{linear.name}.table",
-        like=old,
-    )
-    name = old.name
-    replace_value(old, node.outputs[0])
-    model.graph.remove(linear.matmul, safe=True)
-    node.outputs[0].name = name
-    return node

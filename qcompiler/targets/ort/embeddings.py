@@ -10,11 +10,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import Note
-from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value
+from qcompiler.graph.edit import add_initializer, array_of, insert_node
 from qcompiler.graph.embedding import Embedding, embeddings
 from qcompiler.graph.weights import BITS
 from qcompiler.numerics.packing import pack
-from qcompiler.targets.ort.nbits import CONTRIB
+from qcompiler.targets.ort.emit import contrib_instead
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -38,7 +38,8 @@ def lower_embeddings(model: ir.Model) -> list[Note]:
             notes.append(Note(found.name, f"GatherBlockQuantized.g{size}", why))
         data, scales, zero_points = made[table]
         attributes = {"bits": bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
-        _gather(model, found.gather, [data, found.gather.inputs[1], scales, zero_points], attributes)
+        inputs = [data, found.gather.inputs[1], scales, zero_points]
+        contrib_instead(model, [found.gather], "GatherBlockQuantized", inputs, attributes, f"{found.gather.name}.rows")
     return notes
 
 
@@ -101,24 +102,3 @@ def _rows(graph: ir.Graph, found: Embedding, weight: ir.Value | None, shape: tup
         return flat
     inputs = [flat, constant("start", 0), constant("bytes", shape[1]), constant("axis", 1)]
     return insert_node(graph, found.gather, "Slice", inputs, name=f"{name}.filled").outputs[0]
-
-
-def _gather(model: ir.Model, old: ir.Node, inputs: list[ir.Value | None], attributes: dict[str, int]) -> None:
-    model.graph.opset_imports.setdefault(CONTRIB, 1)
-    while inputs[-1] is None:
-        inputs.pop()
-    output = old.outputs[0]
-    node = insert_node(
-        model.graph,
-        old,
-        "GatherBlockQuantized",
-        inputs,
-        domain=CONTRIB,
-        attributes=attributes,
-        name=f"{old.name}.rows",
-        like=output,
-    )
-    name = output.name
-    replace_value(output, node.outputs[0])
-    model.graph.remove(old, safe=True)
-    node.outputs[0].name = name

@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph.edit import add_initializer, insert_node
+from qcompiler.graph.edit import add_initializer, insert_node, replace_value
+
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+
+def take_over(nodes: Sequence[ir.Node], new: ir.Value) -> None:
+    """Let ``new`` stand for the output of the last of ``nodes``, and remove these.
+
+    It gets the name too: names are what identifies a value from pass to pass.
+    """
+    old, graph = nodes[-1].outputs[0], nodes[-1].graph
+    name = old.name
+    assert isinstance(graph, ir.Graph)
+    replace_value(old, new)
+    graph.remove(nodes, safe=True)
+    new.name = name
+
+
+def contrib_instead(
+    model: ir.Model,
+    nodes: Sequence[ir.Node],
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int],
+    name: str,
+) -> ir.Node:
+    """One operator of ONNX Runtime's own in the place of ``nodes``; inputs that are None at the end are left out."""
+    model.graph.opset_imports.setdefault(CONTRIB, 1)
+    given = list(inputs)
+    while given[-1] is None:
+        given.pop()
+    node = insert_node(
+        model.graph,
+        nodes[-1],
+        op_type,
+        given,
+        domain=CONTRIB,
+        attributes=attributes,
+        name=name,
+        like=nodes[-1].outputs[0],
+    )
+    take_over(nodes, node.outputs[0])
+    return node
 
 
 class Emitter:

@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import Note
-from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value
+from qcompiler.graph.edit import add_initializer, array_of, insert_node
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.targets.ort.emit import CONTRIB, take_over
 from qcompiler.targets.ort.integers import Quantizer
 
-CONTRIB = "com.microsoft"
 Choose = Callable[[str, int, int], str]
 """Kernel name by (granularity of the activation, in_features, out_features)."""
 
@@ -87,7 +87,7 @@ def _integer_product(graph: ir.Graph, quantizer: Quantizer, linear: Linear, kern
     bias = linear.bias if x.row_scale is None else None
     product = insert_node(
         graph,
-        linear.add or linear.matmul,
+        linear.nodes[-1],
         "MatMulIntegerToFloat",
         [x.values, weight, x.scale, weight_scale, x.zero_point, weight_zero_point, bias],
         domain=CONTRIB,
@@ -99,7 +99,7 @@ def _integer_product(graph: ir.Graph, quantizer: Quantizer, linear: Linear, kern
         output = _scaled(graph, linear, output, x.row_scale)
         if linear.bias is not None:
             output = _plus_bias(graph, linear, output)
-    _replace(linear, output)
+    take_over(linear.nodes, output)
     return product
 
 
@@ -125,7 +125,7 @@ def _block_product(graph: ir.Graph, quantizer: Quantizer, linear: Linear, kernel
     ]
     product = insert_node(
         graph,
-        linear.add or linear.matmul,
+        linear.nodes[-1],
         "MatMulNBits",
         inputs,
         domain=CONTRIB,
@@ -133,30 +133,19 @@ def _block_product(graph: ir.Graph, quantizer: Quantizer, linear: Linear, kernel
         name=f"{linear.name}.integer",
         like=linear.output,
     )
-    _replace(linear, product.outputs[0])
+    take_over(linear.nodes, product.outputs[0])
     return product
 
 
 def _scaled(graph: ir.Graph, linear: Linear, product: ir.Value, row_scale: ir.Value) -> ir.Value:
     return insert_node(
-        graph, linear.add or linear.matmul, "Mul", [product, row_scale], name=f"{linear.name}.rows", like=linear.output
+        graph, linear.nodes[-1], "Mul", [product, row_scale], name=f"{linear.name}.rows", like=linear.output
     ).outputs[0]
 
 
 def _plus_bias(graph: ir.Graph, linear: Linear, product: ir.Value) -> ir.Value:
     """Sum, not Add: ONNX Runtime fuses Add + Gelu into an operator that is slower than the two."""
-    before = linear.add or linear.matmul
+    before = linear.nodes[-1]
     return insert_node(
         graph, before, "Sum", [product, linear.bias], name=f"{linear.name}.biased", like=linear.output
     ).outputs[0]
-
-
-def _replace(linear: Linear, new: ir.Value) -> None:
-    """Hand the Linear's output over, its name included: names are what identifies a value from pass to pass."""
-    old = linear.output
-    name = old.name
-    replace_value(old, new)
-    graph = linear.matmul.graph
-    assert isinstance(graph, ir.Graph)
-    graph.remove([node for node in (linear.add, linear.matmul) if node is not None], safe=True)
-    new.name = name

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.core import Note
-from qcompiler.graph.edit import add_initializer, array_of, insert_node, replace_value
+from qcompiler.graph.edit import add_initializer, array_of
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.weights import folded_grid
 from qcompiler.numerics.packing import pack, pack_weight
+from qcompiler.targets.ort.emit import contrib_instead
 
-CONTRIB = "com.microsoft"
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Group sizes that the operator takes."""
 _PADDING = 1 / 16  # of a weight's inputs that blocks may add where their size is free
@@ -77,7 +77,7 @@ def lower_blocks(model: ir.Model) -> tuple[dict[str, str], list[Note]]:
         key = (linear.weight_quant, size)
         if key not in packed:
             packed[key] = _packed(model.graph, linear.weight.name or linear.name, blocks.in_blocks_of(size))
-        node = _product(model, linear, packed[key], blocks.bits, size, 0 if quant is None else 4)
+        node = _product(model, linear, packed[key], blocks.bits, size)
         nodes[linear.name] = node.name or ""
         how = "float inputs" if quant is None else "inputs in int8 by block"
         notes.append(Note(linear.name, f"MatMulNBits.g{size}", f"{blocks.bits}-bit weights, {how}"))
@@ -127,33 +127,13 @@ def _packed(graph: ir.Graph, name: str, blocks: Blocks) -> list[ir.Value | None]
     return [weight, scales, add_initializer(graph, f"{base}_block_zero_points", zero_points)]
 
 
-def _product(
-    model: ir.Model, linear: Linear, constants: list[ir.Value | None], bits: int, size: int, level: int
-) -> ir.Node:
-    model.graph.opset_imports.setdefault(CONTRIB, 1)
-    inputs = [linear.x, *constants, None, linear.bias]
-    while inputs[-1] is None:
-        inputs.pop()
+def _product(model: ir.Model, linear: Linear, constants: list[ir.Value | None], bits: int, size: int) -> ir.Node:
     attributes = {
         "K": linear.in_features,
         "N": linear.out_features,
         "bits": bits,
         "block_size": size,
-        "accuracy_level": level,
+        "accuracy_level": 0 if linear.activation_quant is None else 4,
     }
-    old = linear.output
-    node = insert_node(
-        model.graph,
-        linear.add or linear.matmul,
-        "MatMulNBits",
-        inputs,
-        domain=CONTRIB,
-        attributes=attributes,
-        name=f"{linear.name}.blocks",
-        like=old,
-    )
-    name = old.name
-    replace_value(old, node.outputs[0])
-    model.graph.remove([n for n in (linear.add, linear.matmul) if n is not None], safe=True)
-    node.outputs[0].name = name
-    return node
+    inputs = [linear.x, *constants, None, linear.bias]
+    return contrib_instead(model, linear.nodes, "MatMulNBits", inputs, attributes, f"{linear.name}.blocks")
