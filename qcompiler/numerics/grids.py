@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,27 @@ class Grid:
     def nearest(self, weight: Array) -> npt.NDArray[np.int32]:
         """The integers [in, out] nearest to a weight; the scales must be known."""
         q = np.empty(weight.shape, np.int32)
-        group = self.group_size or 1
-        step = group * max(1, _CHUNK // (group * max(1, weight[:1].size)))
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            scale, zero_point = self._of_rows(rows).spread(len(weight[rows]))
+        for rows, grid in self._parts(weight.shape):
+            scale, zero_point = grid.spread(len(weight[rows]))
             with np.errstate(over="ignore"):
                 nearest = np.rint(weight[rows] / scale)
             q[rows] = np.clip(nearest + zero_point, self.low, self.high)
         return q
+
+    def squared_error(self, weight: Array) -> float:
+        """Σ(w - ŵ)² of a weight [in, out] rounded to nearest, in float64."""
+        return sum(
+            float(np.square(weight[rows] - grid.rounded(weight[rows]), dtype=np.float64).sum())
+            for rows, grid in self._parts(weight.shape)
+        )
+
+    def _parts(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, Grid]]:
+        """Slices of a weight's inputs, whole groups that need little memory, and the grid of each."""
+        group = self.group_size or 1
+        step = group * max(1, _CHUNK // (group * math.prod((1, *shape[1:]))))
+        for start in range(0, shape[0], step):
+            rows = slice(start, start + step)
+            yield rows, self._of_rows(rows)
 
     def _of_rows(self, rows: slice) -> Grid:
         """The part of the grid that some whole groups have."""

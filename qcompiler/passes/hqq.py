@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import Note, OptionError
@@ -22,7 +21,7 @@ class Hqq(Pass):
     Attributes:
         p: of the norm, above 0; 0.7 is the authors', 2 the least mean square error.
         beta, kappa: weight of the quadratic step, and its growth by iteration.
-        iterations: at most, of each group.
+        iterations: from the best of some parts of the full range.
     """
 
     name: ClassVar[str] = "hqq"
@@ -30,7 +29,7 @@ class Hqq(Pass):
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
-    iterations: int = 20
+    iterations: int = 8
 
     def __post_init__(self) -> None:
         if not (0 < self.p <= 2 and self.beta > 0 and self.kappa >= 1 and self.iterations >= 1):
@@ -48,7 +47,7 @@ class Hqq(Pass):
             before = grid_of(call)
             after = hqq_grid(weight, before, options)
             write_grid(call, after)
-            old, new = (float(np.square(weight - g.rounded(weight), dtype=np.float64).sum()) for g in (before, after))
+            old, new = (grid.squared_error(weight) for grid in (before, after))
             why = f"squared error {new / old:.2f} of the full range's" if old else "no error"
             notes += [Note(linear.name, "hqq", why) for linear in readers]
         return PassResult(bool(notes), tuple(notes))

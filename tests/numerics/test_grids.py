@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qcompiler.core import OptionError
+from qcompiler.numerics import grids
 from qcompiler.numerics.grids import Grid, weight_grid
 from qcompiler.scheme import TensorSpec
 from tests.numerics.test_affine import run_ort
@@ -63,6 +64,16 @@ def test_four_bits_in_groups_are_onnx_runtimes_blocks(rows: int) -> None:
         return run_ort(body, x=weight, s=grid.scale, z8=zero_point)[0]
 
     np.testing.assert_array_equal(grid.rounded(weight), ort(grid.zero_point))
+
+
+def test_squared_error_is_that_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "_CHUNK", 100)
+    weight = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
+    for group_size in (16, None):
+        spec = TensorSpec("int4", True, "per_channel" if group_size is None else "per_group", group_size)
+        grid = weight_grid(weight, spec)
+        want = np.square(weight.astype(np.float64) - grid.rounded(weight)).sum()
+        assert grid.squared_error(weight) == pytest.approx(want, rel=1e-6)
 
 
 def test_a_grid_clips_and_keeps_the_precision_of_its_scales() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.numerics.grids import Grid, weight_grid
-from qcompiler.numerics.hqq import HalfQuadratic, hqq_grid, shrink
+from qcompiler.numerics.hqq import HalfQuadratic, attraction, hqq_grid
 from qcompiler.scheme import TensorSpec
 
 DTYPES = st.sampled_from(["int4", "uint4", "int2", "uint2", "uint8"])
@@ -33,7 +34,8 @@ def test_never_worse_and_on_the_grid(seed: int, dtype: str, rows: int, p: float,
     weight = np.random.default_rng(seed).standard_t(3, (rows, 4)).astype(np.float32)
     grid = start(weight, dtype)
     found = hqq_grid(weight, grid, HalfQuadratic(p, beta))
-    assert (losses(weight, found, p) <= losses(weight, grid, p) * (1 + 1e-5)).all()
+    nothing = np.minimum(rows, 16) * (1e-6 * np.abs(weight).max()) ** p  # the loss of numbers that float32 rounds off
+    assert (losses(weight, found, p) <= losses(weight, grid, p) * (1 + 1e-5) + nothing).all()
     assert found.scale is not None
     assert found.zero_point is not None
     assert np.isfinite(found.scale).all()
@@ -63,6 +65,15 @@ def test_weights_on_the_grid_stay(seed: int, dtype: str) -> None:
     np.testing.assert_allclose(hqq_grid(weight, grid).rounded(weight), weight, rtol=1e-6, atol=1e-7)
 
 
+def test_the_squared_error_falls_with_the_loss() -> None:
+    """Of normal weights; with p < 1, small scales would hit more of them exactly and miss the others by far."""
+    weight = np.random.default_rng(0).standard_normal((256, 64)).astype(np.float32)
+    grid = start(weight, "int4", 32)
+    found = hqq_grid(weight, grid)
+    assert found.squared_error(weight) < 0.8 * grid.squared_error(weight)
+    assert losses(weight, found, 0.7).sum() < 0.9 * losses(weight, grid, 0.7).sum()
+
+
 def test_zeros_and_large_numbers() -> None:
     weight = np.zeros((20, 3), np.float32)
     weight[:, 1] = 1e30
@@ -74,7 +85,10 @@ def test_zeros_and_large_numbers() -> None:
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "uint2"])
 @pytest.mark.parametrize("p", [0.7, 2.0])
 def test_near_the_best_of_a_dense_search(dtype: str, p: float) -> None:
-    """Scales from 0.1 to 1.1 of the full range's, with each zero point there is: the loss is near the best."""
+    """Scales from 0.1 to 1.1 of the full range's, with each zero point there is: the loss is near the best.
+
+    With p < 1 the best may lie at small scales, where HQQ does not look.
+    """
     weight = np.random.default_rng(0).standard_t(4, (32, 60)).astype(np.float32)
     grid = start(weight, dtype, 32)
     assert grid.scale is not None
@@ -85,11 +99,37 @@ def test_near_the_best_of_a_dense_search(dtype: str, p: float) -> None:
             tried = dataclasses.replace(grid, scale=scale, zero_point=np.full(scale.shape, zero_point))
             least = np.minimum(least, losses(weight, tried, p))
     found = losses(weight, hqq_grid(weight, grid, HalfQuadratic(p, beta=1.0 if p == 2 else 10.0)), p)
-    assert np.mean(found / least) < 1.06
+    assert np.mean(found / least) < (1.03 if p == 2 else 1.2)
     assert np.mean(losses(weight, grid, p) / least) > 1.08
 
 
-def test_shrink_is_the_soft_threshold_at_one_and_passes_large_errors_below() -> None:
+def test_what_shrink_leaves_is_bounded_at_one_and_falls_for_large_errors_below() -> None:
     x = np.array([-3, -0.05, 0, 0.05, 3], np.float32)
-    np.testing.assert_allclose(shrink(x, 1.0, 10.0), [-2.9, 0, 0, 0, 2.9], rtol=1e-6)
-    np.testing.assert_allclose(shrink(x, 0.7, 10.0), [-3 + 0.1 * 3**-0.3, 0, 0, 0, 3 - 0.1 * 3**-0.3], rtol=1e-6)
+    for p, large in ((1.0, 0.1), (0.7, 0.1 * 3**-0.3)):
+        pull = attraction(x, np.abs(x) ** np.float32(p), 10.0)
+        np.testing.assert_allclose(pull, [-large, -0.05, 0, 0.05, large], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2"])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 5), (96, 33), (7, 3), (33, 1)])
+def test_the_chunk_does_not_matter(dtype: str, rows: int, columns: int) -> None:
+    """Whatever is worked on at once: one column of a group, several groups, a short last group; to the bit."""
+    weight = np.random.default_rng(0).standard_t(3, (rows, columns)).astype(np.float32)
+    grid = start(weight, dtype)
+    want = hqq_grid(weight, grid, chunk=1 << 20)
+    for chunk in (1, 16, 32, 3 * 16, 16 * columns, 2 * 16 * columns + 5):
+        got = hqq_grid(weight, grid, chunk=chunk)
+        np.testing.assert_array_equal(got.scale, want.scale)
+        np.testing.assert_array_equal(got.zero_point, want.zero_point)
+
+
+def test_memory_does_not_grow_with_the_weight() -> None:
+    peaks = []
+    for columns in (64, 512):
+        weight = np.ones((1024, columns), np.float32)
+        grid = start(weight, "uint4", 256)
+        tracemalloc.start()
+        hqq_grid(weight, grid, chunk=1 << 14)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
