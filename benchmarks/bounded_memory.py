@@ -1,10 +1,10 @@
 """A synthetic LLaMA-shaped model, larger than memory should need to be, compiled whole and once more after a kill.
 
-    python benchmarks/bounded_memory.py FOLDER [--gigabytes 12] [--scheme w4a16] [--passes SPEC] [--keep]
+    python benchmarks/bounded_memory.py FOLDER [--gigabytes 12] [--scheme w4a16] [--methods RTN,HQQ] [--keep]
 
-Writes the model (float16 safetensors, a shard a layer, seeded) into FOLDER, compiles it in a process of its own, kills
-another such process when half of its weights are finished, lets a third go on, and compares the bytes. Prints wall time
-and the peak resident memory of each process. Needs about twice the model's size on disk.
+Writes the model (float16 safetensors, a shard a layer, seeded) into FOLDER. For each method compiles it in a process of
+its own, kills another such process when half of its weights are finished, lets a third go on, and compares the bytes.
+Prints time and the peak resident memory of each process. Needs about three times the model's size on disk.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from safetensors.numpy import save_file
 
 SEED = 0
 DEVIATION = 0.02
+METHODS = {"RTN": "annotate,insert,fold", "HQQ": "annotate,insert,hqq,fold"}
+"""Pipelines that treat each weight by itself."""
 COMPARED = ("model.onnx", "model.onnx.data", "recipe.json")
 
 
@@ -100,14 +102,19 @@ class Run:
     """What one process took."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     status: int
 
+    def __str__(self) -> str:
+        times = f"{self.seconds:7.0f} s  {self.cpu_seconds:7.0f} CPU-s"
+        return f"{times}  peak RSS {self.peak_bytes / 1e9:.2f} GB  exit {self.status}"
 
-def run(source: Path, output: Path, scheme: str, passes: str | None = None, kill_after: int | None = None) -> Run:
+
+def run(source: Path, output: Path, scheme: str, passes: str, kill_after: int | None = None) -> Run:
     """Compile in a process of its own, from where an earlier one was killed; kill it after that many weights."""
     code = "import sys; from qcompiler.cli import main; sys.exit(main(sys.argv[1:]))"
-    options = ["--scheme", scheme, "--resume", *(["--passes", passes] if passes else [])]
+    options = ["--scheme", scheme, "--passes", passes, "--resume"]
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-c", code, "compile", str(source), "-o", str(output), *options])
     while kill_after is not None and child.poll() is None:
@@ -118,7 +125,8 @@ def run(source: Path, output: Path, scheme: str, passes: str | None = None, kill
     _, status, usage = os.wait4(child.pid, 0) if child.returncode is None else (0, child.returncode, None)
     if usage is None:
         raise RuntimeError(f"the process ended with {status} before it could be killed")
-    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status))
+    wall, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+    return Run(wall, cpu, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status))
 
 
 def finished(output: Path) -> int:
@@ -136,34 +144,39 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
+def compare(source: Path, scheme: str, method: str, weights: int) -> None:
+    """Compile whole, killed and resumed beside ``source``; tell what each took, and whether the bytes are the same."""
+    outputs = [source.with_name(f"{method}-{name}") for name in ("whole", "resumed")]
+    for output in outputs:
+        shutil.rmtree(output, ignore_errors=True)
+    steps = (
+        ("uninterrupted", outputs[0], None),
+        ("killed half way", outputs[1], weights // 2),
+        ("resumed", outputs[1], None),
+    )
+    for name, output, kill_after in steps:
+        print(f"{method} {name:16}{run(source, output, scheme, METHODS[method], kill_after)}", flush=True)
+    first, second = map(digests, outputs)
+    print(f"{method} identical bytes" if first == second else f"{method} DIFFERENT: {first} {second}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=12.0)
     parser.add_argument("--scheme", default="w4a16")
-    parser.add_argument("--passes")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which, by comma (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the files")
     options = parser.parse_args()
     source, shape = options.folder / "model", Shape.of_bytes(options.gigabytes * 1e9)
-    weights = 7 * shape.layers + 1
     if not source.exists():
         start = time.perf_counter()
         size = write_model(source, shape)
         print(
             f"{size / 1e9:.2f} GB in {shape.layers} layers, written in {time.perf_counter() - start:.0f} s", flush=True
         )
-    outputs = [options.folder / name for name in ("whole", "resumed")]
-    for output in outputs:
-        shutil.rmtree(output, ignore_errors=True)
-    runs = {
-        "uninterrupted": run(source, outputs[0], options.scheme, options.passes),
-        "killed half way": run(source, outputs[1], options.scheme, options.passes, kill_after=weights // 2),
-        "resumed": run(source, outputs[1], options.scheme, options.passes),
-    }
-    for name, one in runs.items():
-        print(f"{name:16} {one.seconds:7.0f} s  peak RSS {one.peak_bytes / 1e9:.2f} GB  exit {one.status}")
-    first, second = map(digests, outputs)
-    print("identical bytes" if first == second else f"DIFFERENT: {first} {second}")
+    for method in options.methods.split(","):
+        compare(source, options.scheme, method, weights=7 * shape.layers + 1)
     if not options.keep:
         shutil.rmtree(options.folder)
 

@@ -132,7 +132,7 @@ class _Fit:
         self._error -= self._q
         p = np.float32(self._options.p)
         np.power(np.abs(self._error, out=self._power), p, out=self._power)
-        return _sum(self._power) * np.abs(factor) ** p
+        return np.asarray(_sum(self._power) * np.abs(factor) ** p, np.float32)
 
     def _step(self, factor: Vector, zero_point: Vector, beta: float) -> tuple[Vector, Vector]:
         """e = shrink(w - ŵ) in steps of the grid; then the least squares fit of zero point and scale to w - e."""
