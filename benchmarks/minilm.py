@@ -30,13 +30,12 @@ from protocol import (
     pooled_sqnr,
     print_table,
     quantize_with_ort,
+    save_float,
+    size_mb,
     spearman_stsb,
 )
 
 import qcompiler
-from qcompiler.frontends import open_source
-from qcompiler.graph.rules import canonicalise
-from qcompiler.graph.run import save_model
 
 FOLDER = MODELS / "minilm"
 
@@ -71,10 +70,8 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        source = open_source(FOLDER)
-        canonicalise(source.model)
-        save_model(source.model, root / "fp32.onnx")
         paths = {"fp32": root / "fp32.onnx"}
+        save_float(FOLDER, paths["fp32"])
         for scheme in args.schemes.split(","):
             start, cpu = time.perf_counter(), time.process_time()
             compiled = qcompiler.compile(
@@ -98,7 +95,7 @@ def main() -> None:
             row = rows.setdefault(name, {})
             row["sqnr_db"] = pooled_sqnr(reference, (hidden(session, feeds) for feeds in evaluation), masks)
             row["spearman"] = spearman_stsb(lambda feeds, s=session: hidden(s, feeds), FOLDER)  # type: ignore[misc]
-            row["size_mb"] = sum(p.stat().st_size for p in paths[name].parent.glob(f"{paths[name].name}*")) / 1e6
+            row["size_mb"] = size_mb(paths[name])
         for label, feeds in (
             ("8x128", evaluation[0]),
             ("1x16", {name: array[:1, :16] for name, array in evaluation[0].items()}),

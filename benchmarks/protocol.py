@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from qcompiler.frontends import Source, open_source
+from qcompiler.graph.rules import canonicalise
+from qcompiler.graph.run import save_model
 from qcompiler.scheme import Scheme, TensorSpec
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -104,6 +107,19 @@ def spearman_stsb(run: Callable[[Feeds], np.ndarray], folder: Path) -> float:
     return float(spearmanr((embedded[0] * embedded[1]).sum(1), scores).statistic)
 
 
+def save_float(folder: Path, path: Path) -> Source:
+    """Save a folder's canonical float graph as ``path``, the model that latency is set against; the source is given."""
+    source = open_source(folder)
+    canonicalise(source.model)
+    save_model(source.model, path)
+    return source
+
+
+def size_mb(path: Path) -> float:
+    """MB of an ONNX file and the data beside it."""
+    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) / 1e6
+
+
 def one_thread_session(path: Path | bytes, threads: int = 1) -> ort.InferenceSession:
     """A plain ONNX Runtime session on one thread, or on more, with every graph optimisation on."""
     options = ort.SessionOptions()
@@ -138,6 +154,16 @@ def alternate(
             if i >= warmup:
                 times[name].append(clock() - start)
     return times
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """CPU time of one thread, wall time of several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def rest_of(threads: int) -> float:
+    """Seconds of rest before each turn: one thread never waits for another."""
+    return 0.2 if threads > 1 else 0.0
 
 
 def median_ratio(times: Mapping[str, Sequence[float]], name: str, reference: str) -> float:

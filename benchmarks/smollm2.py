@@ -29,12 +29,12 @@ from protocol import (
     peak_rss_mb,
     print_table,
     quantize_with_ort,
+    save_float,
+    size_mb,
 )
 
 import qcompiler
-from qcompiler.frontends import open_data, open_source
-from qcompiler.graph.rules import canonicalise
-from qcompiler.graph.run import save_model
+from qcompiler.frontends import open_data
 
 FOLDER = MODELS / "smollm2"
 WIKITEXT = SHARED / "data" / "wikitext2"
@@ -62,14 +62,12 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
 
-    source = open_source(FOLDER)
-    windows = list(open_data(WIKITEXT / "test.txt", source, limit=16, seq_len=512, batch_size=1))
     rows: dict[str, dict[str, float]] = {"fp32": {}}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        canonicalise(source.model)
-        save_model(source.model, root / "fp32.onnx")
         paths = {"fp32": root / "fp32.onnx"}
+        source = save_float(FOLDER, paths["fp32"])
+        windows = list(open_data(WIKITEXT / "test.txt", source, limit=16, seq_len=512, batch_size=1))
         for scheme in args.schemes.split(","):
             start, cpu = time.perf_counter(), time.process_time()
             compiled = qcompiler.compile(
@@ -101,7 +99,7 @@ def main() -> None:
             row["perplexity_ratio"] = row["perplexity"] / rows["fp32"]["perplexity"]
             runs = {key: lambda s=session: s.run(None, windows[0]) for key, session in sessions.items()}
             row["latency_1x512"] = median_ratio(alternate(runs, args.rounds, warmup=1), name, "fp32")
-            row["size_mb"] = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) / 1e6
+            row["size_mb"] = size_mb(path)
     columns = {
         "perplexity": ("perplexity", "{:.3f}"),
         "perplexity_ratio": ("/ fp32", "{:.4f}"),

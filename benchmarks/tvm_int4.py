@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ os.environ.setdefault("TVM_NUM_THREADS", "1")
 import numpy as np
 import tvm
 from onnx import helper
-from protocol import MODELS, alternate, median_ratio, print_table
+from protocol import MODELS, alternate, clock_of, median_ratio, print_table, rest_of
 from tvm_llvm import bound, session_of
 
 import qcompiler
@@ -38,7 +37,6 @@ from qcompiler.targets.tvm.kernels.quantize_groups import QuantizeGroups
 
 SIZE = 4096
 THREADS = int(os.environ["TVM_NUM_THREADS"])
-CLOCK = time.process_time if THREADS == 1 else time.perf_counter
 
 
 def kernels(q: np.ndarray, scale: np.ndarray, x: np.ndarray, level: int) -> tuple[Callable[[], None], Any]:
@@ -82,7 +80,7 @@ def gemv(rounds: int) -> dict[str, dict[str, float]]:
             names = ["x", "weight", "scale"]
             node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **attributes)
             weights = {"weight": pack_weight(q, 4, size), "scale": np.ascontiguousarray(scale.T)}
-            session = session_of(node, {"x": x}, weights)
+            session = session_of(node, {"x": x}, weights, threads=1)
             ours, y = kernels(q, scale, x, level)
             times = alternate({"ort": bound(session, {"x": x}), "tvm": ours}, rounds * 20, warmup=10)
             got = {"ort": session.run(None, {"x": x})[0], "tvm": y.numpy()}
@@ -109,7 +107,7 @@ def smollm2(rounds: int, scheme: str, root: Path) -> dict[str, dict[str, float]]
         ids = rng.integers(0, 49_000, (1, length))
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         runs = {"ort-cpu": lambda f=feeds: session.run(None, f), "tvm-llvm": lambda f=feeds: engine.run(f, THREADS)}
-        times = alternate(runs, rounds * 10 if length == 1 else rounds, clock=CLOCK)
+        times = alternate(runs, rounds * 10 if length == 1 else rounds, clock=clock_of(THREADS), rest=rest_of(THREADS))
         for name, seconds in times.items():
             rows[name][f"{length}_ms"] = statistics.median(seconds) * 1e3
             rows[name][f"{length}_best"] = min(seconds) * 1e3

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from protocol import (
     MODELS,
     alternate,
+    clock_of,
     encode,
     median_ratio,
     minilm_calibration,
@@ -37,6 +37,7 @@ from protocol import (
     one_thread_session,
     pooled_sqnr,
     print_table,
+    rest_of,
 )
 
 import qcompiler
@@ -76,16 +77,6 @@ def bound(session: ort.InferenceSession, inputs: dict[str, Any]) -> Callable[[],
         binding.bind_cpu_input(name, array)
     binding.bind_output("y")
     return lambda: session.run_with_iobinding(binding)
-
-
-def rest_of(threads: int) -> float:
-    """One thread never waits for another."""
-    return 0.2 if threads > 1 else 0.0
-
-
-def clock_of(threads: int) -> Callable[[], float]:
-    """CPU time of one thread, wall time of several."""
-    return time.process_time if threads == 1 else time.perf_counter
 
 
 def gemm(rounds: int, threads: int) -> dict[str, dict[str, float]]:

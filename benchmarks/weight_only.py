@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from protocol import MODELS, alternate, median_ratio, one_thread_session, print_table
+from protocol import MODELS, alternate, median_ratio, one_thread_session, print_table, save_float, size_mb
 from smollm2 import WIKITEXT, perplexity
 
 import qcompiler
@@ -28,7 +28,6 @@ from qcompiler.frontends import open_data, open_source
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linears
 from qcompiler.graph.rules import canonicalise
-from qcompiler.graph.run import save_model
 from qcompiler.numerics.codebooks import NF4, CodebookGrid, block_absmax, quantize_scales
 from qcompiler.numerics.grids import weight_grid
 from qcompiler.presets import resolve
@@ -67,10 +66,6 @@ def memory(path: Path) -> dict[str, float]:
     return figures
 
 
-def size_mb(path: Path) -> float:
-    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) / 1e6
-
-
 def smollm2(schemes: list[str], root: Path, rounds: int, windows_read: int) -> None:
     """The table of this script; models are kept under ``root``."""
     folder = MODELS / "smollm2"
@@ -78,9 +73,7 @@ def smollm2(schemes: list[str], root: Path, rounds: int, windows_read: int) -> N
     rows: dict[str, dict[str, float]] = {"fp32": {}}
     paths = {"fp32": root / "fp32.onnx"}
     if windows_read or not paths["fp32"].exists():
-        source = open_source(folder)
-        canonicalise(source.model)
-        save_model(source.model, paths["fp32"])
+        source = save_float(folder, paths["fp32"])
         if windows_read:
             windows = list(open_data(WIKITEXT / "test.txt", source, limit=windows_read, seq_len=512, batch_size=1))
     for scheme in schemes:
