@@ -1,6 +1,6 @@
 """MiniLM-L6 in int8: accuracy and latency beside fp32 and onnxruntime.quantization, all from one run.
 
-usage: minilm.py [--rounds N] [--schemes S,S] [--json FILE]
+usage: minilm.py [--rounds N] [--schemes S,S] [--passes SPEC] [--json FILE]
 
 Calibrates on sentence1 of the first 128 rows of STS-B dev; evaluates on sentence1 of every 6th row of STS-B test (200),
 padded to 128, batch 8. SQNR of the last hidden state against torch fp32. Latency: one thread, alternating in one
@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the alternating latency measurement")
     parser.add_argument("--schemes", default="w8a8,w8a8-o3,w8a8-dynamic", help="schemes to compile, by comma")
+    parser.add_argument("--passes", help="the pipeline, for all schemes (default: each one's own)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -75,7 +76,12 @@ def main() -> None:
         for scheme in args.schemes.split(","):
             start, cpu = time.perf_counter(), time.process_time()
             compiled = qcompiler.compile(
-                FOLDER, scheme=scheme, calibration=calibration, output=root / scheme, progress=False
+                FOLDER,
+                scheme=scheme,
+                passes=args.passes,
+                calibration=calibration,
+                output=root / scheme,
+                progress=False,
             )
             rows[f"qcompiler {scheme}"] = {
                 "compile_s": time.perf_counter() - start,
