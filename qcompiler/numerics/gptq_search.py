@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from qcompiler.numerics.gptq import Grid, gptq, hessian_error
 Array = npt.NDArray[Any]
 
 DAMPS = (0.01, 0.1, 1.0)
+_OUTPUTS = 512  # output channels that a damping is judged on: it is of the inputs, and any sample of outputs tells
 
 
 def search_damp(
@@ -26,7 +28,7 @@ def search_damp(
         weight: [in, out].
         hessians: [folds, in, in], one Hessian for each fold of the samples; where there is but one, the last and
             safest damping is taken.
-        grid: with its scales.
+        grid: its scales, where it has them, are [out] or [groups, out].
         options: of :func:`qcompiler.numerics.gptq.gptq`.
 
     Raises:
@@ -34,6 +36,7 @@ def search_damp(
     """
     if len(hessians) < 2:
         return damps[-1], []
+    weight, grid = _sampled(np.asarray(weight), grid)
     total = hessians.sum(0)
     errors = []
     for damp in damps:
@@ -43,3 +46,10 @@ def search_damp(
             error += float(hessian_error(weight, rounded.values(grid), held).sum())
         errors.append(error)
     return damps[int(np.argmin(errors))], errors
+
+
+def _sampled(weight: Array, grid: Grid) -> tuple[Array, Grid]:
+    """Output channels at even distances, and their part of the grid."""
+    step = -(-weight.shape[1] // _OUTPUTS)
+    parts = [None if a is None or not np.ndim(a) else a[..., ::step] for a in (grid.scale, grid.zero_point)]
+    return weight[:, ::step], dataclasses.replace(grid, scale=parts[0], zero_point=parts[1])

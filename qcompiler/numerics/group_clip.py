@@ -12,8 +12,10 @@ from qcompiler.numerics.grids import Grid
 
 Array = npt.NDArray[Any]
 
+_STEP = 0.05
 
-def clipped_grid(weight: Array, grid: Grid, importance: Array, shortest: float = 0.7, steps: int = 7) -> Grid:
+
+def clipped_grid(weight: Array, grid: Grid, importance: Array, shortest: float = 0.7, steps: int | None = None) -> Grid:
     """The scales of least Σ importance · (ŵ - w)² for each group, among ranges down to ``shortest`` of the given one.
 
     A symmetric grid of few bits has one number more below zero than above: a negative scale gives it to the other
@@ -23,6 +25,7 @@ def clipped_grid(weight: Array, grid: Grid, importance: Array, shortest: float =
         weight: [in, out].
         grid: with groups and scales [groups, out].
         importance: mean square of each input [in]: by it an error counts at the output.
+        steps: how many ranges are tried; None: one every 5 % of the full range.
     """
     assert grid.scale is not None
     assert grid.group_size is not None
@@ -31,7 +34,8 @@ def clipped_grid(weight: Array, grid: Grid, importance: Array, shortest: float =
     signs = (1, -1) if grid.low == -grid.high - 1 and not np.any(grid.zero_point) else (1,)
     best_scale = grid.scale
     best_error = np.full(grid.scale.shape, np.inf)
-    for factor in np.linspace(1, shortest, steps, dtype=np.float32):
+    count = round((1 - shortest) / _STEP) + 1 if steps is None else steps
+    for factor in np.linspace(1, shortest, count, dtype=np.float32):
         for sign in signs:
             scale = np.asarray(grid.scale * factor * sign, np.float32)
             tried = dataclasses.replace(grid, scale=scale)

@@ -11,9 +11,12 @@ import onnx_ir as ir
 from qcompiler.core import Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.weights import grid_of, in_groups, write_grid
+from qcompiler.numerics.grids import Grid
 from qcompiler.numerics.group_clip import clipped_grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import sample_request
+
+_MANY = 256  # inputs of a group: as many as a kernel's groups have at most, so that one scale an output has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +24,17 @@ class ClipWeights(Pass):
     """Give weights in groups the scales of least weighted squared error; runs after ``insert`` and before ``gptq``.
 
     Attributes:
-        shortest: of the ranges tried, as a part of the full one.
+        shortest: of the ranges tried, as a part of the full one; None: 0.7 for groups of up to 256 inputs, else 0.5:
+            the largest of many weights is further out.
         rows: calibration rows that say how much each input counts.
     """
 
     name: ClassVar[str] = "clip_weights"
-    shortest: float = 0.7
+    shortest: float | None = None
     rows: int = 512
 
     def __post_init__(self) -> None:
-        if not 0 < self.shortest <= 1:
+        if self.shortest is not None and not 0 < self.shortest <= 1:
             raise OptionError(f"clip_weights{{shortest={self.shortest}}}: a part of the full range is wanted, 0 to 1.")
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
@@ -44,7 +48,7 @@ class ClipWeights(Pass):
             samples = [stats[sample_request(linear, self.rows)].rows for linear in readers]
             importance = np.mean([np.square(rows, dtype=np.float64).mean(0) for rows in samples], axis=0)
             before = grid_of(call)
-            after = clipped_grid(weight, before, importance, self.shortest)
+            after = clipped_grid(weight, before, importance, self._shortest(before))
             old, new = (
                 float((np.square(weight - grid.rounded(weight)) * importance[:, None]).sum())
                 for grid in (before, after)
@@ -53,3 +57,8 @@ class ClipWeights(Pass):
             why = f"weighted squared error {new / old:.2f} of the full range's" if old else "no error"
             notes += [Note(linear.name, "clipped by group", why) for linear in readers]
         return PassResult(bool(notes), tuple(notes))
+
+    def _shortest(self, grid: Grid) -> float:
+        if self.shortest is not None:
+            return self.shortest
+        return 0.7 if (grid.group_size or 0) <= _MANY else 0.5

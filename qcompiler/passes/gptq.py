@@ -85,7 +85,7 @@ class Gptq(Pass):
         groups = _together(_quantized(model))
         for group in (group for group in groups if ctx.data is None or _spread_out(group)):
             hessian = sum(stats[request] for request in dict.fromkeys(map(_request, group)))
-            notes += self._round(model, group, np.asarray([hessian]), weights, ctx)
+            notes += self._round(model, group, np.asarray([hessian]), self._damp(group), weights, ctx)
         steps = [group for group in groups if ctx.data is not None and not _spread_out(group)]
         if steps:
             assert ctx.data is not None
@@ -94,32 +94,31 @@ class Gptq(Pass):
             walk = Walk(model, [*data, *substituted(model, data, copies, ctx.seed)])
             weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), copies * len(data))]
             for group in sorted(steps, key=lambda group: walk.place(_read(group[0]))):
-                notes += self._round(model, group, self._hessians(walk, group[0], weight), weights, ctx)
+                damp = self._damp(group)
+                hessians = _hessians(walk, group[0], weight, self.folds if damp is None else 1)
+                notes += self._round(model, group, hessians, damp, weights, ctx)
         return PassResult(bool(notes), tuple(notes))
+
+    def _damp(self, group: list[Linear]) -> float | None:
+        """The damping of Linears of one input; None: it is to be searched."""
+        return DAMPS[-1] if self.damp is None and not _few_bits(_given(group[0])) else self.damp
 
     def _copies(self, steps: list[list[Linear]], data: Sequence[Feeds]) -> int:
         """Few rows leave directions unseen, and GPTQ takes from the unseen; any tokens show them."""
         if self.copies is not None:
             return self.copies
-        few_bits = any(grid.high - grid.low <= 16 for grid in (_given(group[0]) for group in steps))
+        few_bits = any(_few_bits(_given(group[0])) for group in steps)
         widest = max(group[0].in_features for group in steps)
         return 4 if few_bits and tokens_in(data) < _ROWS_PER_INPUT * widest else 0
 
-    def _hessians(self, walk: Walk, linear: Linear, weight: Sequence[float]) -> npt.NDArray[np.float64]:
-        """XᵀX of what the Linear reads, one for each fold of the samples, float64 [folds, in, in].
-
-        Args:
-            weight: of a row, for each batch; there may be more of them than batches.
-        """
-        hessians = np.zeros((self.folds, linear.in_features, linear.in_features))
-        for (rows, samples), counts in zip(walk.rows(_read(linear)), weight, strict=False):
-            for fold in range(self.folds):
-                x = rows[samples % self.folds == fold].astype(np.float64)
-                hessians[fold] += counts * (x.T @ x)
-        return hessians
-
     def _round(
-        self, model: ir.Model, group: list[Linear], hessians: Array, weights: dict[str, Array], ctx: Context
+        self,
+        model: ir.Model,
+        group: list[Linear],
+        hessians: Array,
+        damp: float | None,
+        weights: dict[str, Array],
+        ctx: Context,
     ) -> list[Note]:
         """All weights that meet one Hessian at once, side by side."""
         distinct = list({linear.weight: linear for linear in group}.values())
@@ -127,10 +126,7 @@ class Gptq(Pass):
         weight = np.concatenate([weights[linear.name] for linear in distinct], axis=1)
         options: dict[str, Any] = {"act_order": self.act_order, "block_size": self.block_size}
         try:
-            damp = self.damp
-            if damp is None and grid.high - grid.low > 16:
-                damp = DAMPS[-1]
-            elif damp is None:
+            if damp is None:
                 damp, _ = search_damp(weight, hessians, grid, **options)
             rounded = gptq(weight, hessians.sum(0), grid, damp=damp, **options)
         except DataError as error:
@@ -157,6 +153,26 @@ def _read(linear: Linear) -> ir.Value:
     read = linear.matmul.inputs[0]
     assert read is not None
     return read
+
+
+def _hessians(walk: Walk, linear: Linear, weight: Sequence[float], folds: int) -> npt.NDArray[np.float64]:
+    """XᵀX of what the Linear reads, one for each fold of the samples, float64 [folds, in, in].
+
+    A batch's product is one of float32, half the time of float64; only sums over batches grow long.
+
+    Args:
+        weight: of a row, for each batch; there may be more of them than batches.
+    """
+    hessians = np.zeros((folds, linear.in_features, linear.in_features))
+    for (rows, samples), counts in zip(walk.rows(_read(linear)), weight, strict=False):
+        for fold in range(folds):
+            x = rows[samples % folds == fold] if folds > 1 else rows
+            hessians[fold] += counts * (x.T @ x)
+    return hessians
+
+
+def _few_bits(grid: Grid) -> bool:
+    return grid.high - grid.low <= 16
 
 
 def _request(linear: Linear) -> StatRequest:
