@@ -9,6 +9,7 @@ calibrated on 128 sequences of 96 tokens that the float model samples itself (se
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,7 +18,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from minilm import torch_reference
-from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from protocol import (
     MODELS,
     SHARED,
@@ -78,6 +78,9 @@ def minilm() -> None:
 
 def ort_hqq(folder: Path) -> ort.InferenceSession:
     """The canonical float graph through ONNX Runtime's own HQQ, accuracy level 4 asked for as in ``w4a8``."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    logging.getLogger().setLevel(logging.WARNING)  # importing it makes every library talk
     source = open_source(folder)
     canonicalise(source.model)
     with tempfile.TemporaryDirectory() as scratch:

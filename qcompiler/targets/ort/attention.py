@@ -60,6 +60,7 @@ class _Lowering:
         if len(call.inputs) > 3 and call.inputs[3] is not None:
             inputs.append(self._mask(call, call.inputs[3], inputs[:2], flat))
         fused = insert_node(self.graph, call, "Attention", inputs, attributes=attributes, name=f"{name}.fused")
+        fused.outputs[0].type = call.outputs[0].type
         self._connect(call, fused.outputs[0], flat, q.count)
         heads = f"{q.count} heads" if q.count == k.count else f"{q.count} heads sharing {k.count} of k and v"
         return Note(name, "Attention", f"{heads}, {'[B, S, H·D]' if flat else '[B, H, S, D]'} operands")
@@ -123,9 +124,9 @@ class _Lowering:
         if flat:
             merged = merged_output(call, self.facts)
             if merged is not None:
-                fused.type, fused.shape = merged.type, merged.shape
+                fused.shape = merged.shape
                 return replace_value(merged, fused)
             split = self.emit("Reshape", call, [fused, self.emit.constant(f"split_{count}", [0, 0, count, -1])])
             fused = self._transposed(call, split)
-        fused.type, fused.shape = old.type, old.shape
+        fused.shape = old.shape
         return replace_value(old, fused)

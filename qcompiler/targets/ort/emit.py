@@ -71,11 +71,12 @@ class Emitter:
     def __call__(
         self, op_type: str, before: ir.Node, inputs: list[ir.Value], **attributes: int | list[int]
     ) -> ir.Value:
-        """The first output of this operator on these inputs."""
+        """The first output of this operator on these inputs, of the type of its first input, or int64 of a Shape."""
         key = (op_type, *inputs, repr(sorted(attributes.items())))
         if key not in self._made:
             name = f"{inputs[0].name}.{op_type.lower()}"
             node = insert_node(self.graph, before, op_type, inputs, attributes=attributes, name=name)
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT64) if op_type == "Shape" else inputs[0].type
             self._made[key] = node.outputs[0]
         return self._made[key]
 

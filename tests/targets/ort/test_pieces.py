@@ -10,6 +10,7 @@ from qcompiler.graph.run import Runner
 from qcompiler.targets.ort import readback
 from qcompiler.targets.ort.pieces import pieces
 from tests.passes.blocks import HELD_OUT, block
+from tests.targets.ort.graphs import decoder
 
 
 def test_pieces_compute_what_the_model_does() -> None:
@@ -42,3 +43,13 @@ def test_coverage_in_pieces_is_that_of_the_whole(scheme: str, monkeypatch: pytes
     assert whole.coverage_body == 1
     assert (parts.coverage_body, parts.coverage_head) == (whole.coverage_body, whole.coverage_head)
     assert [row.kernel for row in parts.rows] == [row.kernel for row in whole.rows]
+
+
+def test_a_decoder_is_cut_within_its_layers() -> None:
+    """Although its rotary tables, made by the lowering, are read by all of them: their types are known."""
+    model = qcompiler.compile(decoder(None, layers=4), scheme="w4a16", progress=False).model
+    assert sum(node.op_type == "RotaryEmbedding" for node in model.graph) == 8
+    assert all(output.type is not None for node in model.graph for output in node.outputs)
+    parts = list(pieces(model, 1000))
+    assert len(parts) > 4
+    assert max(sum(node.op_type == "MatMulNBits" for node in part.graph) for part in parts) < 4
