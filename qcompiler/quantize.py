@@ -205,13 +205,13 @@ def check_target(scheme: Scheme, capability: Capability) -> None:
             offered = ", ".join(dict.fromkeys(kernel.name for kernel in capability.kernels))
             raise TargetError(
                 f"target {capability.target!r} cannot run scheme {scheme.name!r}: none of its kernels ({offered}) "
-                f"takes weight {weight} with activation {spec or 'float'}."
+                f"takes weight {weight} with activation {spec or 'float'}; choose another scheme or target."
             )
     table = scheme.embedding
     if table is not None and table.group_size not in capability.embeddings.get(table.dtype, ()):
         raise TargetError(
             f"target {capability.target!r} gathers no rows of an embedding in {table.dtype} by {table.group_size}: "
-            f"it has {', '.join(capability.embeddings) or 'float tables only'}."
+            f"it has {', '.join(capability.embeddings) or 'float tables only'}; leave embedding= out of the scheme."
         )
 
 

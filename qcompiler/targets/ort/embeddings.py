@@ -11,8 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.core import Note
 from qcompiler.graph.edit import add_initializer, array_of, insert_node
-from qcompiler.graph.embedding import Embedding, embeddings
-from qcompiler.graph.weights import BITS
+from qcompiler.graph.embedding import Embedding, Rows, embeddings, folded_rows
 from qcompiler.numerics.packing import pack
 from qcompiler.targets.ort.emit import contrib_instead
 
@@ -28,41 +27,31 @@ def lower_embeddings(model: ir.Model) -> list[Note]:
     made: dict[ir.Node, list[ir.Value | None]] = {}
     notes = []
     for found in embeddings(model):
-        table = found.quant
-        if table is None or table.op_type != "DequantizeLinear" or BITS not in found.table.metadata_props:
+        table, rows = found.quant, folded_rows(found)
+        if table is None or rows is None:
             continue
-        bits, size = int(found.table.metadata_props[BITS]), table.attributes["block_size"].as_int()
         if table not in made:
-            made[table], shared = _operands(model.graph, found, table, bits, size)
-            why = f"the numbers of {shared}, in the file once" if shared else f"{bits}-bit rows"
-            notes.append(Note(found.name, f"GatherBlockQuantized.g{size}", why))
+            made[table], shared = _operands(model.graph, found, table, rows)
+            why = f"the numbers of {shared}, in the file once" if shared else f"{rows.bits}-bit rows"
+            notes.append(Note(found.name, f"GatherBlockQuantized.g{rows.group_size}", why))
         data, scales, zero_points = made[table]
-        attributes = {"bits": bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": rows.bits, "block_size": rows.group_size, "gather_axis": 0, "quantize_axis": 1}
         inputs = [data, found.gather.inputs[1], scales, zero_points]
         contrib_instead(model, [found.gather], "GatherBlockQuantized", inputs, attributes, f"{found.gather.name}.rows")
     return notes
 
 
-def _operands(
-    graph: ir.Graph, found: Embedding, table: ir.Node, bits: int, size: int
-) -> tuple[list[ir.Value | None], str]:
+def _operands(graph: ir.Graph, found: Embedding, table: ir.Node, rows: Rows) -> tuple[list[ir.Value | None], str]:
     """Data, scales and zero points (None: the middle) of a table, and the node whose weight they share, or ""."""
-    q, scale, zero_point = (array_of(value) for value in table.inputs)
-    assert q is not None
-    assert scale is not None
-    assert zero_point is not None
-    low = -(1 << (bits - 1)) if str(found.table.dtype).startswith("INT") else 0
-    data, zeros = (pack((a.astype(np.int16) - low).astype(np.uint8), bits) for a in (q, zero_point))
-    symmetric = bool((zero_point.astype(np.int16) - low == 1 << (bits - 1)).all())
-    wanted = [data, scale, None if symmetric else zeros]
-    for node, operands in _products(graph, bits, size):
-        if _equal(operands, wanted):
+    data, zeros = pack(rows.q, rows.bits), None if rows.symmetric else pack(rows.zero_point, rows.bits)
+    for node, operands in _products(graph, rows.bits, rows.group_size):
+        if _equal(operands, [data, rows.scale, zeros]):
             return [_rows(graph, found, operands[0], data.shape), *operands[1:]], node.name or ""
     base = found.name.removesuffix("_quantized")
     return [
         add_initializer(graph, f"{base}_rows", data),
         table.inputs[1],
-        None if symmetric else add_initializer(graph, f"{base}_row_zero_points", zeros),
+        None if zeros is None else add_initializer(graph, f"{base}_row_zero_points", zeros),
     ], ""
 
 

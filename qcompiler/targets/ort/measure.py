@@ -7,11 +7,12 @@ the float MatMul + Add, on one thread, in process CPU time; medians are kept.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +95,21 @@ def lowered(shape: Shape, granularity: str, kernel: str) -> ir.Model:
     return model
 
 
-def time_alternating(
-    sessions: Sequence[ort.InferenceSession], feeds: dict[str, Any], repeat: int, seconds: float = 0.002
-) -> list[float]:
-    """Median µs of process CPU time of one run of each session, in alternation; a timing lasts at least ``seconds``."""
-    times: list[list[float]] = [[] for _ in sessions]
+def time_alternating(runs: Sequence[Callable[[], Any]], repeat: int, seconds: float = 0.002) -> list[float]:
+    """Median µs of process CPU time of each run, in alternation; a timing lasts at least ``seconds``."""
+    times: list[list[float]] = [[] for _ in runs]
     inner = []
-    for session in sessions:
-        session.run(None, feeds)
+    for run in runs:
+        run()
         start = time.process_time()
-        session.run(None, feeds)
+        run()
         inner.append(max(1, int(seconds / max(time.process_time() - start, 1e-6))))
     for _ in range(repeat):
-        for i, session in enumerate(sessions):
+        for i, run in enumerate(runs):
+            run()  # the one before has left its own data in the caches
             start = time.process_time()
             for _ in range(inner[i]):
-                session.run(None, feeds)
+                run()
             times[i].append((time.process_time() - start) / inner[i] * 1e6)
     return [statistics.median(t) for t in times]
 
@@ -117,20 +117,43 @@ def time_alternating(
 def measure(shapes: Sequence[Shape] = SHAPES, repeat: int = 11) -> dict[str, Any]:
     """A cost table, JSON-ready, of all kernels at all shapes."""
     names = [(granularity, kernel) for granularity, kernels in KERNELS.items() for kernel in kernels]
+
+    def runs(shape: Shape, feeds: dict[str, Any]) -> list[Callable[[], Any]]:
+        models = [one_linear(*shape, None), *(lowered(shape, *name) for name in names)]
+        sessions = [open_session(model, session_options(threads=1)) for model in models]
+        return [functools.partial(session.run, None, feeds) for session in sessions]
+
+    return tabulate(names, shapes, runs, repeat, {"onnxruntime": ort.__version__})
+
+
+def tabulate(
+    names: Sequence[tuple[str, str]],
+    shapes: Sequence[Shape],
+    runs: Callable[[Shape, dict[str, Any]], Sequence[Callable[[], Any]]],
+    repeat: int,
+    machine: Mapping[str, str],
+) -> dict[str, Any]:
+    """The cost table of a target, JSON-ready.
+
+    Args:
+        names: of the kernels, as (granularity, kernel).
+        shapes: (rows, in_features, out_features) to measure at.
+        runs: what to time at a shape with these feeds: :func:`one_linear` in float, and by each of ``names``.
+        repeat: timings of each.
+        machine: what runs them, beside the processor.
+    """
     floats: list[float] = []
     times: dict[str, list[float]] = {f"{granularity}/{kernel}": [] for granularity, kernel in names}
     for shape in shapes:
-        models = [one_linear(*shape, None), *(lowered(shape, *name) for name in names)]
-        sessions = [open_session(model, session_options(threads=1)) for model in models]
         feeds = {"x": np.random.default_rng(1).standard_normal((1, *shape[:2]), np.float32)}
-        first, *rest = time_alternating(sessions, feeds, repeat)
+        first, *rest = time_alternating(runs(shape, feeds), repeat)
         floats.append(round(first, 1))
-        for (granularity, kernel), value in zip(names, rest, strict=True):
-            times[f"{granularity}/{kernel}"].append(round(value, 1))
+        for column, value in zip(times.values(), rest, strict=True):
+            column.append(round(value, 1))
     return {
         "version": VERSION,
         "unit": "microseconds of one thread's CPU time, activation quantization and bias included",
-        "machine": {"cpu": _cpu(), "onnxruntime": ort.__version__},
+        "machine": {"cpu": _cpu(), **machine},
         "shapes": [list(shape) for shape in shapes],
         "float": floats,
         "kernels": times,

@@ -17,18 +17,12 @@ import onnx_ir as ir
 from qcompiler.capability import Capability, Kernel
 from qcompiler.core import Executable, TargetError
 from qcompiler.targets.base import Coverage, Lowered, Target, block_kernels, coverage_of
+from qcompiler.targets.tvm.costs import ROWS, costs_of
 from qcompiler.targets.tvm.kernels import BY_GROUP, FLOAT, FLOAT_BY_GROUP, INT8, INTEGERS
 
-TIMES = {
-    ("per_tensor", False): (1734.0, 6943.9, 7379.4, 32659.8, 59066.4),
-    ("per_tensor", True): (1794.9, 7152.0, 7693.5, 34366.0, 57367.6),
-    ("per_token", True): (1855.4, 7095.8, 7768.2, 31896.5, 58352.0),
-}
-"""Microseconds of quantizing 1024 rows and multiplying them, for each of :data:`SHAPES`: one thread's CPU time, AVX2
-(znver3, maddubs). A scale for each token costs next to nothing here, whatever the processor."""
 GROUP_SIZES = (16, 32, 64, 128, 256)
-
-SHAPES = ((384, 384), (384, 1536), (1536, 384), (768, 3072), (2048, 2048))
+TABLES = ("int4", "uint4", "int8", "uint8")
+"""Of embeddings in groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +51,36 @@ class TvmLlvm(Target):
         """int8 weights with static or dynamic inputs; weights of 2, 4 and 8 bits by group with int8 or float ones."""
         from qcompiler.targets.tvm.isa import detect
 
+        dot = detect(self.cpu).dot
+        costs = costs_of(dot)
         kernels = [
-            Kernel(INT8, "int8", weight, dtype, granularity, dynamic, None, times=_times(granularity, dynamic))
+            Kernel(INT8, "int8", weight, dtype, granularity, dynamic, None, times=costs.times(ROWS, name, INT8))
             for weight in ("per_channel", "per_tensor")
             for dtype in ("uint8", "int8")
-            for granularity, dynamic in (("per_tensor", False), ("per_tensor", True), ("per_token", True))
+            for name, granularity, dynamic in (
+                ("static", "per_tensor", False),
+                ("per_tensor", "per_tensor", True),
+                ("per_token", "per_token", True),
+            )
         ]
         sizes = dict.fromkeys((2, 4, 8), GROUP_SIZES)
         kernels += block_kernels(FLOAT_BY_GROUP, ("float", "", False), sizes)
         kernels += block_kernels(BY_GROUP, ("int8", "per_group", True), sizes)
-        narrow = detect(self.cpu).dot == "maddwd" and not self.full_range
-        return Capability(self.name, tuple(kernels), reduce_range=narrow)
+        narrow = dot == "maddwd" and not self.full_range
+        return Capability(
+            self.name, tuple(kernels), narrow, costs.times(ROWS), embeddings=dict.fromkeys(TABLES, GROUP_SIZES)
+        )
 
     def tables(self) -> Mapping[str, str]:
-        """The digest of the measured tilings, where they are asked for."""
-        if not self.tune:
-            return {}
-        from qcompiler.targets.tvm.tuning import digest
+        """The digests of the cost table, and of the measured tilings where they are asked for."""
+        from qcompiler.targets.tvm.isa import detect
 
-        return {"tilings": digest()}
+        found = {"costs": costs_of(detect(self.cpu).dot).sha256}
+        if self.tune:
+            from qcompiler.targets.tvm.tuning import digest
+
+            found["tilings"] = digest()
+        return found
 
     def lower(self, model: ir.Model) -> Lowered:
         """Compile; the model stays the canonical quantized graph.
@@ -110,8 +115,3 @@ class TvmLlvm(Target):
         from qcompiler.targets.tvm.engine import load
 
         return load(folder)
-
-
-def _times(granularity: str, dynamic: bool) -> tuple[tuple[int, int, float], ...]:
-    pairs = zip(SHAPES, TIMES[granularity, dynamic], strict=True)
-    return tuple((rows, columns, microseconds) for (rows, columns), microseconds in pairs)

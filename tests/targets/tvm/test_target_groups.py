@@ -10,9 +10,12 @@ import pytest
 
 import qcompiler
 from qcompiler.core import TargetError
+from qcompiler.graph.embedding import embeddings, folded_rows
+from qcompiler.graph.run import Runner
 from qcompiler.presets import PRESETS
 from tests import families
-from tests.targets.tvm.test_target import check_outputs, compile_family
+from tests.targets.ort.test_embeddings import ROWS, language_model
+from tests.targets.tvm.test_target import PASSES, check_outputs, compile_family
 
 pytest.importorskip("tvm", reason="Apache TVM is not installed: pip install 'qcompiler[tvm]'")
 
@@ -45,6 +48,22 @@ def test_a_decoder_in_four_bits(tmp_path: Path) -> None:
     got = compiled.run(feeds, threads=1)[output]
     loaded = qcompiler.load(compiled.save(tmp_path / "out"))
     np.testing.assert_array_equal(loaded.run(feeds, threads=2)[output], got)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8{embedding=8}", "w4a16{embedding=4,symmetric=false}"])
+@pytest.mark.parametrize("features", [96, 40])
+def test_embeddings_in_groups(scheme: str, features: int) -> None:
+    """Rows are what the folded tables' are, also for ids that count from the end; 40 features end in a short group."""
+    data = [{"ids": np.array([[1, 20, 3]]), "places": np.array([[0, 1, 2]])}]
+    compiled = qcompiler.compile(
+        language_model(features), scheme=scheme, passes=PASSES, calibration=data, target="tvm-llvm", progress=False
+    )
+    assert [folded_rows(found) is not None for found in embeddings(compiled.model)] == [True, True]
+    reference, rng = Runner(compiled.model, threads=1), np.random.default_rng(0)
+    for shape in ((2, 7), (1, 1)):
+        feeds = {"ids": rng.integers(-ROWS, ROWS, shape), "places": rng.integers(0, 5, shape)}
+        want, got = reference(feeds)["y"], compiled.run(feeds, threads=1)["y"]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * abs(want).max())
 
 
 def test_groups_it_has_not() -> None:

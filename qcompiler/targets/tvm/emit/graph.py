@@ -11,6 +11,7 @@ from tvm import relax
 
 from qcompiler.core import Note, TargetError
 from qcompiler.graph.edit import array_of, users
+from qcompiler.graph.embedding import as_embedding, folded_rows
 from qcompiler.graph.functions import FAKE_QUANT, is_call
 from qcompiler.graph.linear import linears
 from qcompiler.graph.shapes import concrete_shapes
@@ -19,6 +20,7 @@ from qcompiler.targets.tvm.emit import linears as products
 from qcompiler.targets.tvm.emit.attention import attention
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.choice import emit_linear, kernel_note, kernel_of
+from qcompiler.targets.tvm.emit.embeddings import gather_rows
 from qcompiler.targets.tvm.emit.emitted import Emitted, axis_name, input_sizes
 from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan, smoothing_of
 from qcompiler.targets.tvm.emit.numbers import Numbers, compute, tidy
@@ -151,6 +153,8 @@ class _Emitter:
             if weight is None:
                 raise ValueError("its weight is not constant")
             return [blocks.convolution(builder, node, self.tensor(inputs[0]), weight, bias)]
+        if (found := as_embedding(node)) is not None and (rows := folded_rows(found)) is not None:
+            return [gather_rows(builder, found.name, rows, self.tensor(inputs[1]))]
         if node.op_type in elementwise.RULES:
             return [elementwise.RULES[node.op_type](builder, node, [self.tensor(v) for v in inputs if v is not None])]
         rule = movement.RULES.get(node.op_type) or reductions.RULES.get(node.op_type)

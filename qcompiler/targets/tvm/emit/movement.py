@@ -181,7 +181,7 @@ def _split(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: S
     return parts
 
 
-def _inside(index: Any, size: Any) -> Any:
+def inside(index: Any, size: Any) -> Any:
     """An index that stays in the tensor: negative ones count from the end, others end at its ends."""
     index = index.astype("int64")
     wrapped = tirx.Select(index < 0, index + size, index)
@@ -194,7 +194,7 @@ def _gather(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: 
     rank = len(places.sizes)
 
     def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        place = _inside(buffers[1][tuple(index[axis : axis + rank])], builder.expression(x.sizes[axis]))
+        place = inside(buffers[1][tuple(index[axis : axis + rank])], builder.expression(x.sizes[axis]))
         return buffers[0][(*index[:axis], place, *index[axis + rank :])]
 
     sizes = (*x.sizes[:axis], *places.sizes, *x.sizes[axis + 1 :])
@@ -208,7 +208,7 @@ def _gather_elements(
     axis = node.attributes.get_int("axis", 0) % len(x.sizes)
 
     def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        place = _inside(buffers[1][tuple(index)], builder.expression(x.sizes[axis]))
+        place = inside(buffers[1][tuple(index)], builder.expression(x.sizes[axis]))
         return buffers[0][(*index[:axis], place, *index[axis + 1 :])]
 
     return [builder.compute("gather_elements", places.sizes, x.dtype, inputs, body)]
@@ -222,7 +222,7 @@ def _gather_nd(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], number
     lead = len(places.sizes) - 1
 
     def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        chosen = [_inside(buffers[1][(*index[:lead], d)], builder.expression(x.sizes[batch + d])) for d in range(depth)]
+        chosen = [inside(buffers[1][(*index[:lead], d)], builder.expression(x.sizes[batch + d])) for d in range(depth)]
         return buffers[0][(*index[:batch], *chosen, *index[lead:])]
 
     sizes = (*places.sizes[:-1], *x.sizes[batch + depth :])
