@@ -20,6 +20,7 @@ from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report.errors import fixed_batch, sliced
 from qcompiler.runtime.drop import Drop, MaxDrop, Verdict
 from qcompiler.scheme import Scheme
+from qcompiler.targets.base import Lowered
 
 NOTE = "max_drop"
 SAMPLES, TOKENS = 64, 512
@@ -36,6 +37,8 @@ class Finished(Protocol):
 
     @property
     def work(self) -> Pipeline: ...
+    @property
+    def lowered(self) -> Lowered: ...
 
 
 F = TypeVar("F", bound=Finished)
@@ -85,7 +88,7 @@ class Budget:
             for item in tail:
                 trial.apply(item)
             finished = finish(trial)
-            verdict = self._verdict(finished.work.model)
+            verdict = self._verdict(finished)
             if verdict.holds(self.allowed):
                 finished.work.notes += self._notes(plan, number, verdict)
                 return finished
@@ -156,9 +159,11 @@ class Budget:
                 drop.update(reference, switch(feeds, state), feeds)
         return [drop.verdict() for drop in drops]
 
-    def _verdict(self, lowered: ir.Model) -> Verdict:
-        drop = Drop(self.allowed)
-        reference, candidate = Runner(self.float_model), Runner(lowered, as_deployed=True)
+    def _verdict(self, finished: Finished) -> Verdict:
+        """Of what will run."""
+        drop, executable = Drop(self.allowed), finished.lowered.runnable
+        reference = Runner(self.float_model)
+        candidate = Runner(finished.work.model, as_deployed=True) if executable is None else executable.run
         for feeds in self.validation:
             drop.update(reference(feeds), candidate(feeds), feeds)
         return drop.verdict()

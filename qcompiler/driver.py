@@ -155,7 +155,7 @@ def _compiled(ready: Quantized, asked: Request) -> CompiledModel:
             coverage=finished.coverage,
             batches=ready.batches,
             seconds=asked.stages.seconds,
-            executable=finished.lowered.executable if finished.lowered.runs else None,
+            executable=finished.lowered.runnable,
         )
     return CompiledModel(
         model=finished.work.model,

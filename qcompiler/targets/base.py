@@ -88,6 +88,11 @@ class Lowered:
     executable: Executable | None = None
     runs: bool = True
 
+    @property
+    def runnable(self) -> Executable | None:
+        """The executable, where this machine runs it; None: measure on the graph."""
+        return self.executable if self.runs else None
+
 
 class Target(abc.ABC):
     """A place where compiled models run. Subclasses are frozen dataclasses; their fields are the target's options.

@@ -14,11 +14,13 @@ import pytest
 import qcompiler
 from qcompiler.core import ArtefactError, DataError, OptionError, TargetError
 from qcompiler.graph.run import Runner
-from tests import families, models
+from tests import families, graphs_int8, models
+from tests.graphs_int8 import float_mlp
 
 pytest.importorskip("tvm", reason="Apache TVM is not installed: pip install 'qcompiler[tvm]'")
 
 from qcompiler.targets.tvm.emit.graph import emit
+from qcompiler.targets.tvm.engine import Engine
 from qcompiler.targets.tvm.isa import detect
 
 PASSES = "annotate,insert,fold"
@@ -63,6 +65,25 @@ def test_families(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_dynamic_families(name: str) -> None:
     check_outputs(name, compile_family(name, "w8a8-dynamic"))
+
+
+def test_max_drop_is_checked_on_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that computed something else would be found out."""
+
+    def compiled() -> qcompiler.CompiledModel:
+        return qcompiler.compile(
+            float_mlp(),
+            calibration=[graphs_int8.feeds(seed=seed) for seed in range(16)],
+            target="tvm-llvm",
+            max_drop={"sqnr": 20},
+            progress=False,
+        )
+
+    assert {row.kernel for row in compiled().report.rows} == {"int8 GEMM"}
+    real = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda *given: {name: 2 * y for name, y in real(*given).items()})
+    with pytest.raises(OptionError, match="cannot be held: lowered, the model reaches"):
+        compiled()
 
 
 def test_save_and_load(tmp_path: Path) -> None:
