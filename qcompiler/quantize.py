@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def run_passes(model: Any, asked: Request, place: Workplace | None = None) -> Qu
         if allowed is not None and batches is not None:
             allowed.check(source.kind, float_outputs(source.model))
             search, validation = hold_back(batches, Inputs(source.model), options.seed)
-    context = Context(asked.scheme, asked.capability, options.seed)
+    context = Context(asked.scheme, asked.capability, options.seed, distill=functools.partial(_distill, options.progress))
     work = Pipeline(
         source.model,
         search,
@@ -194,6 +195,15 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
     if scheme.outlier_threshold is not None:
         return f"split,{quantize}"
     return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
+
+
+def _distill(progress: bool, teacher: ir.Model, student: ir.Model, *how: Any) -> Mapping[str, Any]:
+    """:func:`qcompiler.training.distill.distill`, where there is torch."""
+    try:
+        from qcompiler.training.distill import distill
+    except ImportError as error:
+        raise OptionError(f"pass 'distill' trains with torch ({error}): pip install 'qcompiler[torch]'.") from error
+    return distill(teacher, student, *how, progress=progress)
 
 
 def check_target(scheme: Scheme, capability: Capability) -> None:

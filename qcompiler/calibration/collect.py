@@ -57,7 +57,7 @@ def collect(
     runner = Runner(model, list(by_value), threads)
     ran = False
     first = 0
-    for index, feeds in enumerate(_shown(batches, progress)):
+    for index, feeds in enumerate(shown(batches, "calibrating", progress)):
         ran = True
         _observe(model, runner, feeds, by_value, index, first)
         first += samples_in(feeds)
@@ -132,9 +132,10 @@ def _check_names(model: ir.Model, wanted: Iterable[str]) -> None:
         raise ModelError(f"the graph has no value {missing[0]!r} to observe.")
 
 
-def _shown(batches: Iterable[Feeds], progress: bool) -> Iterable[Feeds]:
+def shown(batches: Iterable[Feeds], what: str, progress: bool, total: int | None = None) -> Iterable[Feeds]:
+    """The batches, with a bar on stderr while one goes through them; ``total``: how many, if they have no length."""
     console = rich.console.Console(stderr=True)
     if not progress or not console.is_terminal:
         return batches
-    total = len(batches) if isinstance(batches, Sized) else None
-    return rich.progress.track(batches, "calibrating", total=total, console=console, transient=True)
+    total = len(batches) if isinstance(batches, Sized) else total
+    return rich.progress.track(batches, what, total=total, console=console, transient=True)

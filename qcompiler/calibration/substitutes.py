@@ -6,7 +6,6 @@ the seen fails on other data. Any tokens show what a layer's inputs look like in
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ import onnx_ir as ir
 from qcompiler.calibration.collect import MASK
 from qcompiler.graph.run import Feeds
 from qcompiler.graph.tables import rows_indexed
+from qcompiler.numerics.zipf import zipf
 
 _LEAST = 256  # rows of a vocabulary; tables of token types and of small enumerations have fewer
 
@@ -32,29 +32,61 @@ def token_input(model: ir.Model, batches: Sequence[Feeds]) -> tuple[str, int] | 
 
 
 def substituted(model: ir.Model, batches: Iterable[Feeds], copies: int, seed: int) -> Iterator[Feeds]:
-    """``copies`` of the batches with random tokens; the masks, and tokens that most samples hold ([CLS], BOS), stay.
+    """``copies`` of the batches with other tokens; the masks, and tokens that all samples hold ([CLS], BOS), stay.
 
     Nothing comes out where the model takes no token ids.
     """
     kept = list(batches)
     found = token_input(model, kept)
-    if found is None:
-        return
-    name, size = found
-    common = _common([np.asarray(feeds[name]) for feeds in kept])
+    if found is not None:
+        tokens = _Tokens(kept, *found)
+        rng = np.random.default_rng(seed)
+        yield from (tokens.replaced(feeds, rng, 1.0) for _ in range(copies) for feeds in kept)
+
+
+def training_batches(model: ir.Model, batches: Sequence[Feeds], real: float, seed: int) -> Iterator[Feeds]:
+    """Batches without end, drawn at random: a share ``real`` of them as they are, the others with tokens replaced.
+
+    Of the others' samples half have all of their tokens replaced, half a part of them. All batches come as they are
+    where the model takes no token ids.
+    """
     rng = np.random.default_rng(seed)
-    for _ in range(copies):
-        for feeds in kept:
-            ids = np.asarray(feeds[name])
-            stays = np.isin(ids, common) | (np.asarray(feeds.get(MASK, np.ones_like(ids))) == 0)
-            yield {**feeds, name: np.where(stays, ids, rng.integers(0, size, ids.shape)).astype(ids.dtype)}
+    found = token_input(model, batches)
+    tokens = _Tokens(batches, *found) if found is not None else None
+    while True:
+        feeds = batches[rng.integers(len(batches))]
+        if tokens is None or rng.random() < real:
+            yield feeds
+        else:
+            yield tokens.replaced(feeds, rng, np.minimum(1, rng.uniform(0, 2, (len(feeds[tokens.name]), 1))))
 
 
-def _common(arrays: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
-    """Tokens that more than half of all samples hold."""
-    samples = [row for array in arrays for row in array]
-    counts = Counter(token for row in samples for token in np.unique(row).tolist())
-    return np.array([token for token, count in counts.items() if 2 * count > len(samples)], np.int64)
+class _Tokens:
+    """The token ids of some batches, and others in their places.
+
+    Vocabularies ascend from frequent to rare words (WordPiece's lists, the merges of BPE), so tokens are drawn by
+    Zipf's law: most of any text is function words, and the calibration samples may hold few of them.
+    """
+
+    def __init__(self, batches: Sequence[Feeds], name: str, size: int) -> None:
+        self.name = name
+        ids = [np.asarray(feeds[name]) for feeds in batches]
+        self._stays = _in_all(ids)
+        self._likely = zipf(np.setdiff1d(np.concatenate([array.reshape(-1) for array in ids]), self._stays), size)
+
+    def replaced(self, feeds: Feeds, rng: np.random.Generator, share: float | npt.NDArray[np.float64]) -> Feeds:
+        """The batch with that share of its tokens replaced; ``share`` may be [samples, 1]."""
+        ids = np.asarray(feeds[self.name])
+        stays = np.isin(ids, self._stays) | (np.asarray(feeds.get(MASK, np.ones_like(ids))) == 0)
+        stays |= rng.random(ids.shape) >= share
+        others = rng.choice(len(self._likely), ids.shape, p=self._likely)
+        return {**feeds, self.name: np.where(stays, ids, others).astype(ids.dtype)}
+
+
+def _in_all(arrays: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
+    """Tokens that every sample holds."""
+    held = [set(np.unique(row).tolist()) for array in arrays for row in array]
+    return np.array(sorted(set.intersection(*held)) if held else [], np.int64)
 
 
 def tokens_in(batches: Iterable[Feeds]) -> int:

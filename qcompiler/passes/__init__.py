@@ -21,6 +21,7 @@ PASSES = {
     "clip_weights": "qcompiler.passes.clip_weights:ClipWeights",
     "hqq": "qcompiler.passes.hqq:Hqq",
     "gptq": "qcompiler.passes.gptq:Gptq",
+    "distill": "qcompiler.passes.distill:Distill",
     "bias_correction": "qcompiler.passes.bias_correction:BiasCorrection",
     "fold": "qcompiler.passes.fold:Fold",
 }

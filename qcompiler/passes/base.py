@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.capability import Capability
@@ -14,6 +15,9 @@ from qcompiler.core import FoldPlan, Note, StatRequest
 from qcompiler.graph.run import Feeds
 from qcompiler.scheme import Scheme
 
+Distilled = Callable[[ir.Model, ir.Model, Mapping[str, float], Iterable[Feeds], int], Mapping[str, npt.NDArray[Any]]]
+"""Of a float model, a fake-quantized one, the learning rates of some of its initializers, batches and their number:
+what these initializers have become when the outputs came nearer to the float model's."""
 Stats = Mapping[StatRequest, Any]
 """Results of the observers, by request."""
 
@@ -26,6 +30,7 @@ class Context:
         scheme: what is to be quantized, and how.
         capability: what the target can run.
         seed: for every random choice.
+        distill: trains weights; see :data:`Distilled`. The driver gives it, since training stands above the passes.
         data: the calibration feeds, for passes that go through the model piece by piece; None: there are none.
         float_model: the model as it was just before ``insert``, which leaves it here; None before that.
         collect: statistics of another model than the one being rewritten (quantized upstream, say), in one run over the
@@ -37,6 +42,7 @@ class Context:
     seed: int = 0
     float_model: ir.Model | None = None
     collect: Callable[[ir.Model, Sequence[StatRequest]], Stats] | None = None
+    distill: Distilled | None = None
     data: Iterable[Feeds] | None = None
 
 

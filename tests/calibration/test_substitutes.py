@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+
 import numpy as np
 
-from qcompiler.calibration.substitutes import substituted, token_input, tokens_in
+from qcompiler.calibration.substitutes import substituted, token_input, tokens_in, training_batches
 from tests.graph.tiny import tiny
 
 MODEL = tiny(
@@ -40,12 +43,39 @@ def test_only_tokens_change_that_are_neither_marks_nor_padding() -> None:
         np.testing.assert_array_equal(first["ids"], second["ids"])
 
 
+def test_frequent_tokens_are_replaced_too_and_by_frequent_ones() -> None:
+    """Only what every sample holds is a mark; the words of this text begin at 300."""
+    data = [batch(0), batch(1)]
+    data[0]["ids"][1:, 5] = data[1]["ids"][:, 5] = 300
+    copies = np.concatenate([copy["ids"][:, 1:12].ravel() for copy in substituted(MODEL, data, 50, seed=0)])
+    counts = np.bincount(copies, minlength=1000)
+    assert counts[300:350].sum() > 1.5 * counts[950:1000].sum()
+    replaced = next(substituted(MODEL, data, 1, seed=0))
+    assert (replaced["ids"][1:, 5] != 300).any()
+
+
+def test_training_batches_are_real_in_part_and_never_end() -> None:
+    data = [batch(0), batch(1)]
+
+    def real(feeds: Mapping[str, np.ndarray]) -> bool:
+        return any(np.array_equal(feeds["ids"], source["ids"]) for source in data)
+
+    drawn = list(itertools.islice(training_batches(MODEL, data, 0.25, seed=0), 200))
+    assert 30 <= sum(map(real, drawn)) <= 70
+    changed = np.concatenate([(d["ids"] != s["ids"])[:, 1:12].mean(1) for d in drawn for s in data if not real(d)])
+    assert len(np.unique(changed)) > 5  # some samples keep a part of their tokens
+    again = itertools.islice(training_batches(MODEL, data, 0.25, seed=0), 200)
+    assert all(np.array_equal(a["ids"], b["ids"]) for a, b in zip(drawn, again, strict=True))
+    assert all(map(real, itertools.islice(training_batches(MODEL, data, 1.0, seed=0), 20)))
+
+
 def test_models_without_tokens_have_none() -> None:
     model = tiny("g (float[B,S,4] x) => (float[B,S,4] y) { y = Relu(x) }", {})
     data = [{"x": np.ones((2, 3, 4), np.float32)}]
     assert token_input(model, data) is None
     assert list(substituted(model, data, 3, seed=0)) == []
     assert list(substituted(MODEL, [], 3, seed=0)) == []
+    assert next(training_batches(model, data, 0.0, seed=0)) is data[0]
 
 
 def test_tokens_are_counted_without_padding() -> None:
