@@ -140,7 +140,8 @@ def run_passes(model: Any, asked: Request, place: Workplace | None = None) -> Qu
         if allowed is not None and batches is not None:
             allowed.check(source.kind, float_outputs(source.model))
             search, validation = hold_back(batches, Inputs(source.model), options.seed)
-    context = Context(asked.scheme, asked.capability, options.seed, distill=functools.partial(_distill, options.progress))
+    distill = functools.partial(_distill, options.progress)
+    context = Context(asked.scheme, asked.capability, options.seed, distill=distill)
     work = Pipeline(
         source.model,
         search,
