@@ -2,8 +2,8 @@
 
 The float weights behind the fake-quants are trained with a straight-through gradient (Bengio et al. 2013), scales and
 zero points as they stand, so that the outputs and every norm's output come near the float model's. The float model
-labels any input, so most are made up (data-free distillation, LLM-QAT, Liu et al. 2023, section 3.1; there a language
-model writes them, here tokens of the calibration samples are replaced): a few thousand would be learned by heart.
+labels any input, so most are made up (data-free distillation, Liu et al. 2023, LLM-QAT, section 3.1; there a language
+model writes them, here tokens of the calibration samples are replaced): a few thousand tokens would be learned by heart.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qcompiler.core import DataError, Note, OptionError
 from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.transaction import Transaction
-from qcompiler.graph.weights import grid_of, on_integers, write_grid
+from qcompiler.graph.weights import grid_of, on_integers
 from qcompiler.numerics.grids import Grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.reference import float_weights
@@ -49,13 +49,12 @@ class Distill(Pass):
     steps: int = 600
     rate: float = 0.003
     real: float = 0.25
-    scale_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise OptionError(f"distill{{steps={self.steps}}}: one step at least is wanted.")
         if not 0 < self.rate < 1:
-            raise OptionError(f"distill{{rate={self.rate}}}: a part of a step is wanted, 0.001 to 0.01 as a rule.")
+            raise OptionError(f"distill{{rate={self.rate}}}: a part of a grid's step is wanted, 0.001 to 0.01 as a rule.")
         if not 0 <= self.real <= 1:
             raise OptionError(f"distill{{real={self.real}}}: a share of the batches, from 0 to 1, is wanted.")
 
@@ -72,25 +71,15 @@ class Distill(Pass):
         student = model.clone()
         calls = {node.name: node for node in student.graph}
         starts: dict[ir.Node, ir.Value] = {}
-        scales: dict[ir.Node, ir.Value] = {}
-        rates: dict[str, float] = {}
         for quant, group in groups.items():
-            grid = grid_of(quant)
-            start = inside(originals[group[0].name], _integers(quant), grid)
+            start = inside(originals[group[0].name], _integers(quant), grid_of(quant))
             starts[quant] = write_input(calls[quant.name], 0, start)
-            scales[quant] = write_input(calls[quant.name], 1, np.asarray(grid.scale))
-            rates[starts[quant].name or ""] = self.rate * _step(quant)
-            if self.scale_rate:
-                rates[scales[quant].name or ""] = self.scale_rate * _step(quant)
+        rates = {value.name or "": self.rate * _step(quant) for quant, value in starts.items()}
         batches = training_batches(model, list(ctx.data), self.real, ctx.seed)
         learned = ctx.distill(ctx.float_model, student, rates, itertools.islice(batches, self.steps), self.steps)
         edit, notes = Transaction(model.graph), []
         for quant, group in groups.items():
             before, grid = _integers(quant), grid_of(quant)
-            if self.scale_rate:
-                scale = np.maximum(learned[scales[quant].name or ""], grid.scale / 4)
-                grid = dataclasses.replace(grid, scale=scale)
-                write_grid(quant, grid)
             q = grid.nearest(learned[starts[quant].name or ""])
             values = np.asarray(grid.dequantized(q), np.float32)
             edit.weight(quant, 0, values, _weight(quant), b"distill")()
