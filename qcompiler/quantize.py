@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qcompiler.frontends.data import Batches
 from qcompiler.frontends.holdout import hold_back
 from qcompiler.frontends.inputs import Inputs
 from qcompiler.graph.linear import linears
+from qcompiler.graph.run import Feeds
 from qcompiler.graph.stored import materialise
 from qcompiler.options import Options
 from qcompiler.passes.base import Context, Pass
@@ -198,13 +199,20 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
     return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 
-def _distill(progress: bool, teacher: ir.Model, student: ir.Model, *how: Any) -> Mapping[str, Any]:
+def _distill(
+    progress: bool,
+    teacher: ir.Model,
+    student: ir.Model,
+    rates: Mapping[str, float],
+    batches: Iterable[Feeds],
+    steps: int,
+) -> Mapping[str, Any]:
     """:func:`qcompiler.training.distill.distill`, where there is torch."""
     try:
         from qcompiler.training.distill import distill
     except ImportError as error:
         raise OptionError(f"pass 'distill' trains with torch ({error}): pip install 'qcompiler[torch]'.") from error
-    return distill(teacher, student, *how, progress=progress)
+    return distill(teacher, student, rates, batches, steps, progress)
 
 
 def check_target(scheme: Scheme, capability: Capability) -> None:

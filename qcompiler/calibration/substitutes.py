@@ -54,7 +54,7 @@ def training_batches(model: ir.Model, batches: Sequence[Feeds], real: float, see
     found = token_input(model, batches)
     tokens = _Tokens(batches, *found) if found is not None else None
     while True:
-        feeds = batches[rng.integers(len(batches))]
+        feeds = batches[int(rng.integers(len(batches)))]
         if tokens is None or rng.random() < real:
             yield feeds
         else:

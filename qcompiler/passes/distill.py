@@ -3,7 +3,7 @@
 The float weights behind the fake-quants are trained with a straight-through gradient (Bengio et al. 2013), scales and
 zero points as they stand, so that the outputs and every norm's output come near the float model's. The float model
 labels any input, so most are made up (data-free distillation, Liu et al. 2023, LLM-QAT, section 3.1; there a language
-model writes them, here tokens of the calibration samples are replaced): a few thousand tokens would be learned by heart.
+model writes them, here tokens of the calibration samples are replaced): a few thousand would be learned by heart.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Distill(Pass):
 
     name: ClassVar[str] = "distill"
     steps: int = 600
-    rate: float = 0.003
+    rate: float = 0.005
     real: float = 0.25
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise OptionError(f"distill{{steps={self.steps}}}: one step at least is wanted.")
         if not 0 < self.rate < 1:
-            raise OptionError(f"distill{{rate={self.rate}}}: a part of a grid's step is wanted, 0.001 to 0.01 as a rule.")
+            raise OptionError(f"distill{{rate={self.rate}}}: a part of a step is wanted, 0.001 to 0.01 as a rule.")
         if not 0 <= self.real <= 1:
             raise OptionError(f"distill{{real={self.real}}}: a share of the batches, from 0 to 1, is wanted.")
 

@@ -68,7 +68,7 @@ def distill(
         if not torch.isfinite(loss):
             raise ModelError(f"distillation: the loss is {loss.item()} at step {step}: give a lower rate.")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     return {name: learner.weights[name].detach().numpy() for name in rates}
