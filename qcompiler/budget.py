@@ -20,7 +20,7 @@ from qcompiler.passes.pipeline import Pipeline
 from qcompiler.report.errors import fixed_batch, sliced
 from qcompiler.runtime.drop import Drop, MaxDrop, Verdict
 from qcompiler.scheme import Scheme
-from qcompiler.targets.base import Lowered
+from qcompiler.targets.lowered import Lowered
 
 NOTE = "max_drop"
 SAMPLES, TOKENS = 64, 512

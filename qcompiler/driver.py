@@ -21,7 +21,7 @@ from qcompiler.runtime.load import load
 from qcompiler.runtime.partial import Workplace
 from qcompiler.runtime.recipe import RECIPE_VERSION
 from qcompiler.scheme import Scheme
-from qcompiler.targets.base import Coverage, Lowered
+from qcompiler.targets.lowered import Coverage, Lowered
 
 
 def compile(

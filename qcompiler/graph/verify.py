@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN, ModelError
 from qcompiler.graph.edit import array_of
-from qcompiler.graph.flow import FoldSite
 from qcompiler.graph.functions import OPSET
 from qcompiler.graph.linear import as_linear
 from qcompiler.graph.run import Feeds, Runner
@@ -23,24 +22,6 @@ _COLUMNS = 64
 """Output features of a sink that are compared: all are scaled alike, and an output head has tens of thousands."""
 
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-def prove_region(before: ir.Model, after: ir.Model, site: FoldSite, seed: int = 0) -> float:
-    """Largest difference that a rewrite makes at the sinks of ``site``, relative to their largest output.
-
-    Both models compute the region from the site's boundary to its sinks in float64 with ``onnx.reference``, on the same
-    random inputs (batch 2, sequence 3); nothing outside the region runs.
-
-    Returns:
-        max over sinks of max|a - b| / max|a|.
-
-    Raises:
-        ModelError: the region of either model cannot be evaluated.
-    """
-    linears = [sink.linear for sink in site.sinks]
-    return relative_error(
-        region_outputs(before, site.boundary, linears, seed), region_outputs(after, site.boundary, linears, seed)
-    )
 
 
 def compare_outputs(before: ir.Model, after: ir.Model, batches: Iterable[Feeds]) -> float:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from qcompiler.capability import Capability, Kernel
-from qcompiler.core import Executable, Note
-from qcompiler.graph.heads import output_heads
-from qcompiler.graph.linear import linears
+from qcompiler.core import Executable
+from qcompiler.targets.lowered import Coverage, Lowered
 
 
 def block_kernels(
@@ -42,58 +40,6 @@ def storage_kernels(speed: float | None = None) -> list[Kernel]:
     return [Kernel("MatMul", dtype, scales, "float", "", False, speed) for dtype, scales in stored.items()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Coverage:
-    """Share of the Linears' multiplications (per token) that run in integer kernels.
-
-    Attributes:
-        body: of all Linears but output heads; 0 … 1.
-        head: of the output heads; None where the model has none.
-        kernels: Linear -> the operator that computes it.
-    """
-
-    body: float
-    head: float | None
-    kernels: dict[str, str]
-
-
-def coverage_of(canonical: ir.Model, kernel: Callable[[str], tuple[str, bool]]) -> Coverage:
-    """Count; ``kernel`` gives for the name of a Linear what computes it, and whether that multiplies in integers."""
-    heads = output_heads(canonical)
-    kernels: dict[str, str] = {}
-    done = {True: [0, 0], False: [0, 0]}  # is a head -> [integer, all]
-    for linear in linears(canonical):
-        kernels[linear.name], integer = kernel(linear.name)
-        work = linear.in_features * linear.out_features
-        counts = done[linear.name in heads]
-        counts[0] += work * integer
-        counts[1] += work
-    body, head = done[False], done[True]
-    return Coverage(body[0] / body[1] if body[1] else 0.0, head[0] / head[1] if head[1] else None, kernels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    """What a lowering did.
-
-    Attributes:
-        nodes: name of each quantized Linear -> name of the lowered node that computes it (several may share one).
-        notes: decisions: which kernel, which fusion, and what stayed as it was, with the reason.
-        executable: what runs; None: the lowered graph does, in ONNX Runtime.
-        runs: whether the executable runs on this machine; errors are measured on the graph where it does not.
-    """
-
-    nodes: Mapping[str, str]
-    notes: tuple[Note, ...] = ()
-    executable: Executable | None = None
-    runs: bool = True
-
-    @property
-    def runnable(self) -> Executable | None:
-        """The executable, where this machine runs it; None: measure on the graph."""
-        return self.executable if self.runs else None
-
-
 class Target(abc.ABC):
     """A place where compiled models run. Subclasses are frozen dataclasses; their fields are the target's options.
 
@@ -118,17 +64,15 @@ class Target(abc.ABC):
         A target that makes an executable leaves the graph as it is: it stays the description of what runs.
         """
 
+    @abc.abstractmethod
     def coverage(self, model: ir.Model, lowered: Lowered, canonical: ir.Model) -> Coverage:
-        """The share of integer work in what really runs; by default in the graph that ONNX Runtime makes of it.
+        """The share of integer work in what really runs.
 
         Args:
             model: the lowered model.
             lowered: what :meth:`lower` said of it.
             canonical: the canonical model that it was lowered from.
         """
-        from qcompiler.targets.ort.readback import integer_coverage
-
-        return integer_coverage(model, lowered, canonical)
 
     def load(self, folder: Path) -> Executable | None:
         """What :meth:`Executable.save` wrote there; None for targets whose model.onnx is what runs.

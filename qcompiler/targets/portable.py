@@ -14,7 +14,9 @@ from qcompiler.core import Note, unknown
 from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user
 from qcompiler.graph.functions import inline_functions, is_call, zero_point_of_rows
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.targets.base import Lowered, Target, block_kernels, storage_kernels, table_kernels
+from qcompiler.targets.base import Target, block_kernels, storage_kernels, table_kernels
+from qcompiler.targets.lowered import Coverage, Lowered
+from qcompiler.targets.ort.readback import integer_coverage
 
 FORMS = ("qdq", "qoperator")
 _FLOATS: Mapping[str, tuple[str, str]] = {
@@ -94,6 +96,10 @@ class Portable(Target):
         inline_functions(model)
         remove_dead(model)
         return Lowered(nodes, tuple(notes))
+
+    def coverage(self, model: ir.Model, lowered: Lowered, canonical: ir.Model) -> Coverage:
+        """Of the graph that ONNX Runtime makes of it; another runtime may do better."""
+        return integer_coverage(model, lowered, canonical)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from qcompiler.capability import Capability
 from qcompiler.graph.edit import remove_dead
 from qcompiler.graph.functions import OPSET, inline_functions
 from qcompiler.graph.shapes import concrete_shapes
-from qcompiler.targets.base import Lowered, Target
+from qcompiler.targets.base import Target
+from qcompiler.targets.lowered import Coverage, Lowered
 from qcompiler.targets.ort.attention import lower_attention
 from qcompiler.targets.ort.bnb4 import lower_codebooks
 from qcompiler.targets.ort.capability import capability
@@ -21,6 +22,7 @@ from qcompiler.targets.ort.embeddings import lower_embeddings
 from qcompiler.targets.ort.linears import lower_linears
 from qcompiler.targets.ort.nbits import lower_blocks
 from qcompiler.targets.ort.norms import keep_additions_apart, lower_rms_norms
+from qcompiler.targets.ort.readback import integer_coverage
 from qcompiler.targets.ort.storage import lower_storage
 
 LOWERED_OPSET = 23
@@ -70,3 +72,7 @@ class OrtCpu(Target):
             model.graph.opset_imports[""] = LOWERED_OPSET
             model.ir_version = max(model.ir_version, 11)
         return Lowered(nodes, tuple(notes))
+
+    def coverage(self, model: ir.Model, lowered: Lowered, canonical: ir.Model) -> Coverage:
+        """Of the graph that ONNX Runtime makes of it."""
+        return integer_coverage(model, lowered, canonical)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompiler.targets.base import Coverage, Lowered, coverage_of
+from qcompiler.targets.lowered import Coverage, Lowered, coverage_of
 from qcompiler.targets.ort.optimised import Finder, is_integer, optimised_graph
 from qcompiler.targets.ort.pieces import pieces
 

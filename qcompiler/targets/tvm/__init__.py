@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from qcompiler.capability import Capability, Kernel
 from qcompiler.core import Executable, TargetError
-from qcompiler.targets.base import Coverage, Lowered, Target, block_kernels, coverage_of
+from qcompiler.targets.base import Target, block_kernels
+from qcompiler.targets.lowered import Coverage, Lowered, coverage_of
 from qcompiler.targets.tvm.costs import ROWS, costs_of
 from qcompiler.targets.tvm.kernels import BY_GROUP, FLOAT, FLOAT_BY_GROUP, INT8, INTEGERS
 

@@ -1,6 +1,6 @@
 """Integer coverage, counted in the optimised graph, the output head apart."""
 
-from qcompiler.targets.base import Lowered
+from qcompiler.targets.lowered import Lowered
 from qcompiler.targets.ort import OrtCpu
 from qcompiler.targets.ort.readback import integer_coverage
 from tests.targets.ort.graphs import decoder, encoder

@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from qcompiler.capability import Capability, Kernel
 from qcompiler.core import ArtefactError, Executable, TargetError
-from qcompiler.targets.base import Coverage, Lowered, Target, block_kernels, coverage_of
+from qcompiler.targets.base import Target, block_kernels
+from qcompiler.targets.lowered import Coverage, Lowered, coverage_of
 
 DP4A, WEIGHT4 = "dp4a GEMM", "fp16 x int4 GEMM"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
