@@ -17,7 +17,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     """The totals, each a name and a text."""
     quantized = sum(row.quantized for row in report.rows)
     lines = [
-        ("Linears in integers", f"{quantized} of {len(report.rows)}"),
+        ("Linears quantized", f"{quantized} of {len(report.rows)}"),
         ("size", f"{_mb(report.size_before)} -> {_mb(report.size_after)} MB"),
     ]
     if report.coverage_body is not None:

@@ -35,7 +35,7 @@ def test_compile_inspect_evaluate_bench(
 def test_tables_for_people(model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for words, arguments in (
-        (["int8 per_channel", "Linears in integers", "2 of 2"], ["inspect", out]),
+        (["int8 per_channel", "Linears quantized", "2 of 2"], ["inspect", out]),
         ([f"{K}x24", "float32[batch, sequence, 16]"], ["inspect", model]),
         (["SQNR", "dB, cosine 0.9"], ["evaluate", out, "--reference", model, "--data", data]),
         (["1 thread, CPU time", "of the reference's latency"], ["bench", out, "--reference", model, "--repeats", 2]),

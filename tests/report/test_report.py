@@ -97,7 +97,7 @@ def test_markdown_and_terminal_show_every_row_and_the_totals() -> None:
     report = _report()
     text = to_markdown(report)
     assert "| fc1 | 16x24 | int8 per_channel static |" in text
-    assert "Linears in integers: 2 of 2" in text
+    assert "Linears quantized: 2 of 2" in text
     assert "`ln`: smooth alpha=0.55" in text
     assert str(report) == text
     out = io.StringIO()

@@ -15,12 +15,11 @@ from qcompiler.graph.embedding import as_embedding, folded_rows
 from qcompiler.graph.functions import FAKE_QUANT, is_call
 from qcompiler.graph.linear import linears
 from qcompiler.graph.shapes import concrete_shapes
-from qcompiler.targets.tvm.emit import blocks, elementwise, movement, reductions
+from qcompiler.targets.tvm.emit import blocks, elementwise, gathers, movement, reductions
 from qcompiler.targets.tvm.emit import linears as products
 from qcompiler.targets.tvm.emit.attention import attention
 from qcompiler.targets.tvm.emit.builder import Builder, Tensor
 from qcompiler.targets.tvm.emit.choice import emit_linear, kernel_note, kernel_of
-from qcompiler.targets.tvm.emit.embeddings import gather_rows
 from qcompiler.targets.tvm.emit.emitted import Emitted, axis_name, input_sizes
 from qcompiler.targets.tvm.emit.fusion import Fused, is_static, plan, smoothing_of
 from qcompiler.targets.tvm.emit.numbers import Numbers, compute, tidy
@@ -154,10 +153,10 @@ class _Emitter:
                 raise ValueError("its weight is not constant")
             return [blocks.convolution(builder, node, self.tensor(inputs[0]), weight, bias)]
         if (found := as_embedding(node)) is not None and (rows := folded_rows(found)) is not None:
-            return [gather_rows(builder, found.name, rows, self.tensor(inputs[1]))]
+            return [gathers.gather_rows(builder, found.name, rows, self.tensor(inputs[1]))]
         if node.op_type in elementwise.RULES:
             return [elementwise.RULES[node.op_type](builder, node, [self.tensor(v) for v in inputs if v is not None])]
-        rule = movement.RULES.get(node.op_type) or reductions.RULES.get(node.op_type)
+        rule = _RULES.get(node.op_type)
         if rule is None:
             raise ValueError("the operator is not among those it has")
         numbers = [self.values.known(value) for value in inputs]
@@ -237,3 +236,4 @@ class _Emitter:
 
 _OPERANDS = {"Concat": 0, "Gather": 2, "GatherElements": 2, "GatherND": 2, "Range": 0}
 """How many of the inputs are tensors, 0 for all; the others are axes, shapes and the like."""
+_RULES = {**movement.RULES, **gathers.RULES, **reductions.RULES}

@@ -1,4 +1,4 @@
-"""Operators that move elements: reshapes, transposes, slices, gathers."""
+"""Operators that move elements: reshapes, transposes, slices."""
 
 from __future__ import annotations
 
@@ -181,54 +181,6 @@ def _split(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: S
     return parts
 
 
-def inside(index: Any, size: Any) -> Any:
-    """An index that stays in the tensor: negative ones count from the end, others end at its ends."""
-    index = index.astype("int64")
-    wrapped = tirx.Select(index < 0, index + size, index)
-    return tirx.max(tirx.min(wrapped, size - 1), tirx.IntImm("int64", 0))
-
-
-def _gather(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:
-    x, places = inputs
-    axis = node.attributes.get_int("axis", 0) % len(x.sizes)
-    rank = len(places.sizes)
-
-    def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        place = inside(buffers[1][tuple(index[axis : axis + rank])], builder.expression(x.sizes[axis]))
-        return buffers[0][(*index[:axis], place, *index[axis + rank :])]
-
-    sizes = (*x.sizes[:axis], *places.sizes, *x.sizes[axis + 1 :])
-    return [builder.compute("gather", sizes, x.dtype, inputs, body)]
-
-
-def _gather_elements(
-    builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]
-) -> Any:
-    x, places = inputs
-    axis = node.attributes.get_int("axis", 0) % len(x.sizes)
-
-    def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        place = inside(buffers[1][tuple(index)], builder.expression(x.sizes[axis]))
-        return buffers[0][(*index[:axis], place, *index[axis + 1 :])]
-
-    return [builder.compute("gather_elements", places.sizes, x.dtype, inputs, body)]
-
-
-def _gather_nd(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:
-    x, places = inputs
-    batch, depth = node.attributes.get_int("batch_dims", 0), places.sizes[-1]
-    if not isinstance(depth, int):
-        raise ValueError("its indices have an open last axis")
-    lead = len(places.sizes) - 1
-
-    def body(buffers: Sequence[Any], index: Sequence[Any]) -> Any:
-        chosen = [inside(buffers[1][(*index[:lead], d)], builder.expression(x.sizes[batch + d])) for d in range(depth)]
-        return buffers[0][(*index[:batch], *chosen, *index[lead:])]
-
-    sizes = (*places.sizes[:-1], *x.sizes[batch + depth :])
-    return [builder.compute("gather_nd", sizes, x.dtype, inputs, body)]
-
-
 def _range(builder: Builder, node: ir.Node, inputs: Sequence[Tensor], numbers: Sequence[Numbers | None]) -> Any:
     start, limit, step = (_wanted(numbers, i, "limits")[0] for i in range(3))
     if any(not isinstance(number, int | np.integer | Dim) for number in (start, limit, step)) or isinstance(step, Dim):
@@ -254,8 +206,5 @@ RULES: dict[str, Rule] = {
     "Concat": _concat,
     "Slice": _slice,
     "Split": _split,
-    "Gather": _gather,
-    "GatherElements": _gather_elements,
-    "GatherND": _gather_nd,
     "Range": _range,
 }
