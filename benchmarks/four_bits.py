@@ -28,15 +28,13 @@ from protocol import (
     one_thread_session,
     pooled_sqnr,
     print_table,
+    save_float,
 )
 from smollm2 import perplexity
 from tokenizers import Tokenizer
 
 import qcompiler
-from qcompiler.frontends import open_source
 from qcompiler.graph.linear import linears
-from qcompiler.graph.rules import canonicalise
-from qcompiler.graph.run import save_model
 
 METHODS = {
     "RTN": "annotate,insert,fold",
@@ -81,11 +79,9 @@ def ort_hqq(folder: Path) -> ort.InferenceSession:
     from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     logging.getLogger().setLevel(logging.WARNING)  # importing it makes every library talk
-    source = open_source(folder)
-    canonicalise(source.model)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.onnx"
-        save_model(source.model, path)
+        source = save_float(folder, path)
         quantizer = MatMulNBitsQuantizer(str(path), algo_config=HQQWeightOnlyQuantConfig(block_size=32, bits=4))
         quantizer.process()
         nodes = [node for node in quantizer.model.model.graph.node if node.op_type == "MatMulNBits"]
@@ -128,9 +124,7 @@ def stories260k() -> None:
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        source = open_source(folder)
-        canonicalise(source.model)
-        save_model(source.model, root / "fp32.onnx")
+        save_float(folder, root / "fp32.onnx")
         rows["fp32"] = {"perplexity": perplexity(one_thread_session(root / "fp32.onnx"), windows)}
         calibration = sampled(root / "fp32.onnx")
         for number, (label, passes) in enumerate(METHODS.items()):
