@@ -74,6 +74,7 @@ class Capability:
         kernels: the quantized Linears it has.
         reduce_range: True where u8 x s8 products saturate in 16 bits (x86 without VNNI): weights then keep 7 bits.
         float_times: what its float32 MatMul takes, as ``Kernel.times``.
+        fixed_graph: True where the source's own operators are all there can be: transforms fold, and insert nothing.
         embeddings: dtypes of embedding tables in groups that it gathers rows of -> the group sizes that it takes.
     """
 
@@ -81,6 +82,7 @@ class Capability:
     kernels: tuple[Kernel, ...]
     reduce_range: bool = False
     float_times: Times = ()
+    fixed_graph: bool = False
     embeddings: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def runs(self, weight: Quantization, activation: Quantization | None) -> bool:

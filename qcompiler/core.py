@@ -116,3 +116,10 @@ class Executable(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write what :meth:`qcompiler.targets.base.Target.load` reads, beside the model."""
+
+
+class Companion(Protocol):
+    """The compiled weights in another format as well, saved beside the model for programs that read that one."""
+
+    def save(self, folder: Path) -> None:
+        """Write what :meth:`qcompiler.targets.base.Target.companion` finds, into the folder of the model."""

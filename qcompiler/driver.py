@@ -164,6 +164,7 @@ def _compiled(ready: Quantized, asked: Request) -> CompiledModel:
         plans=tuple(finished.work.plans),
         tokenizer=ready.source.tokenizer,
         executable=finished.lowered.executable,
+        companion=finished.lowered.companion,
     )
 
 

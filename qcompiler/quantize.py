@@ -162,6 +162,7 @@ def run_passes(model: Any, asked: Request, place: Workplace | None = None) -> Qu
         place.begin(identity(source, asked))
     else:
         materialise(work.model)
+    asked.target.prepare(work.model, asked.scheme)
     canonical_float = work.model.clone()
     budget: Budget | SizeBudget | None = None
     if asked.max_size is not None and search is not None:

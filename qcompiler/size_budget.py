@@ -61,7 +61,7 @@ def check_size(scheme: Scheme, target: Target, passes: Sequence[Pass], calibrate
     if scheme.weight.dtype not in DTYPES:
         raise OptionError(f"max_size chooses bits of integers, and scheme {scheme.name!r} has {scheme.weight.dtype}.")
     if not target.runs_graph:
-        raise OptionError(f"max_size counts the bytes of model.onnx, and target {target.name!r} saves a library too.")
+        raise OptionError(f"max_size counts the bytes of model.onnx, and target {target.name!r} saves more than that.")
     missing = [name for name in ("annotate", "insert", "fold") if name not in names]
     if missing:
         raise OptionError(f"max_size needs {' and '.join(missing)} among the passes, which are {', '.join(names)}.")

@@ -91,7 +91,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
 
 def test_targets_that_save_a_library_are_refused() -> None:
     pytest.importorskip("tvm")
-    with pytest.raises(OptionError, match="saves a library too"):
+    with pytest.raises(OptionError, match="saves more than that"):
         compiled(max_size="12KB", scheme="w8a8", target="tvm-llvm")
 
 

@@ -112,7 +112,13 @@ class _Folder:
 
         name = self.root.resolve().name
         return open_pretrained(
-            model, name=name, folder=self.folder, sha256=self.sha256, pooling=self.pooling, weights=weights
+            model,
+            name=name,
+            folder=self.folder,
+            sha256=self.sha256,
+            pooling=self.pooling,
+            weights=weights,
+            files=[path for path in self.weights if path.suffix == ".safetensors"],
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qcompiler.core import ModelError, Note
 from qcompiler.frontends.hf_fake import Weights
+from qcompiler.frontends.hf_origin import describe
 from qcompiler.frontends.hf_pooling import Pooling
+from qcompiler.frontends.origin import leave_origin
 from qcompiler.frontends.source import Kind, Source
 from qcompiler.frontends.torch_export import capture, evaluation, first_line, silent, to_onnx, to_scratch
 from qcompiler.frontends.torch_module import as_call, auto_shapes, static_notes, user_inputs
@@ -42,6 +44,7 @@ def open_pretrained(
     sha256: str | None = None,
     pooling: Pooling | None = None,
     weights: Weights | None = None,
+    files: Sequence[Path] = (),
 ) -> Source:
     """Trace a transformers PreTrainedModel; batch and sequence are dynamic.
 
@@ -52,6 +55,7 @@ def open_pretrained(
         name, folder, sha256: of the folder it was loaded from.
         pooling: add an output ``sentence_embedding`` (sentence-transformers).
         weights: where the numbers of a model made without them lie; they stay there.
+        files: the safetensors files of ``folder``: the graph is told where its parameters lie.
 
     Raises:
         Unbound: ``weights`` lack a parameter.
@@ -60,7 +64,7 @@ def open_pretrained(
     notes: list[Note] = []
     name = name or type(model).__name__
     kind = _kind(model)
-    model = _encoder(model, notes)
+    whole, model = model, _encoder(model, notes)
     examples = _named(model, example_inputs) if example_inputs is not None else _examples(model)
     with _single_pass(model) as constants:
         wrapper = _Wrapper(model, tuple(examples), constants, pooling)
@@ -69,9 +73,12 @@ def open_pretrained(
     if weights is not None:
         assert sha256 is not None
         weights.bind(graph.graph, model)
-        return Source(graph, name, kind, sha256, folder=folder, notes=tuple(notes))
-    exported = to_scratch(graph)
-    return Source(exported.model, name, kind, sha256 or exported.sha256, folder=folder, notes=tuple(notes))
+    else:
+        exported = to_scratch(graph)
+        graph, sha256 = exported.model, sha256 or exported.sha256
+    if folder is not None and files:
+        leave_origin(graph.graph, describe(whole, model, folder, files))
+    return Source(graph, name, kind, sha256, folder=folder, notes=tuple(notes))
 
 
 class _Wrapper(torch.nn.Module):

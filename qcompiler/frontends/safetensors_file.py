@@ -20,7 +20,7 @@ import onnx_ir as ir
 from qcompiler.core import ModelError
 from qcompiler.graph.stored import Stored, from_file
 
-_DTYPES = {
+DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -37,10 +37,15 @@ _LONGEST = 100_000_000  # bytes of a header that the format allows
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file; ``dtype`` is None where numpy has no such type."""
+    """One tensor of a file: ``nbytes`` bytes from ``offset`` on.
+
+    ``code`` is the format's name of its type, and ``dtype`` is numpy's; None where numpy has none.
+    """
 
     path: Path
     offset: int
+    nbytes: int
+    code: str
     dtype: np.dtype[Any] | None
     shape: tuple[int, ...]
 
@@ -49,6 +54,12 @@ class Entry:
         assert self.dtype is not None
         read = functools.partial(from_file, self.path, self.offset, self.dtype, self.shape)
         return Stored(read, dtype, self.shape, name)
+
+    def raw(self) -> bytes:
+        """What the file holds."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.nbytes)
 
 
 def entries(paths: Iterable[Path]) -> dict[str, Entry]:
@@ -69,11 +80,18 @@ def entries(paths: Iterable[Path]) -> dict[str, Entry]:
             for name, entry in json.loads(header).items():
                 if name != "__metadata__":
                     begin, end = entry["data_offsets"]
-                    dtype = _DTYPES.get(entry["dtype"])
+                    dtype = DTYPES.get(entry["dtype"])
                     start = 8 + length + begin
                     if 8 + length + end > size:
                         raise ModelError(f"{path} cannot be loaded: it is cut off within {name!r}.")
-                    found[name] = Entry(path, start, np.dtype(dtype) if dtype else None, tuple(entry["shape"]))
+                    found[name] = Entry(
+                        path,
+                        start,
+                        end - begin,
+                        entry["dtype"],
+                        np.dtype(dtype) if dtype else None,
+                        tuple(entry["shape"]),
+                    )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} cannot be loaded: its header is damaged ({error}).") from error
     return found

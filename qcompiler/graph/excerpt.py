@@ -51,6 +51,12 @@ def _copy(initializer: ir.Value) -> ir.Value:
     return value
 
 
+def detached(node: ir.Node) -> ir.Node:
+    """The same node outside of any graph, of constants that it shares: what becomes of the graph does not touch it."""
+    inputs = [None if value is None else _copy(value) for value in node.inputs]
+    return ir.Node(node.domain, node.op_type, inputs, attributes=node.attributes.values())
+
+
 def put_back(finished: ir.Model, model: ir.Model) -> None:
     """Let the Linears of ``model`` that ``finished``, once an excerpt of it, names read the weights that it has made.
 

@@ -1,4 +1,4 @@
-"""Integers of 2, 4 or 8 bits packed into bytes, the first in the lowest bits, as MatMulNBits reads them."""
+"""Integers of 2, 4 or 8 bits packed into bytes or words, the first in the lowest bits."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     numbers = (packed[..., None] >> shifts) & np.uint8(2**bits - 1)
     return np.ascontiguousarray(numbers.reshape(*packed.shape[:-1], -1)[..., :count])
+
+
+def pack_words(q: Array, bits: int) -> npt.NDArray[np.int32]:
+    """Pack the last axis into 32-bit words: unsigned [..., n] -> int32 [..., ceil(n · bits / 32)], zeros to the end.
+
+    What compressed-tensors calls pack-quantized (``pack_to_int32`` in its source).
+    """
+    packed = pack(q, bits)
+    short = -packed.shape[-1] % 4
+    padded = np.concatenate([packed, np.zeros((*packed.shape[:-1], short), np.uint8)], axis=-1)
+    return np.ascontiguousarray(padded).view("<i4")
 
 
 def pack_weight(q: Array, bits: int, block_size: int) -> Bytes:

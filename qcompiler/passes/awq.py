@@ -59,7 +59,7 @@ class Awq(Pass):
             self._search,
             self.fold_gain,
             self.insert_gain,
-            insert_scale=self.scale_all_linears,
+            insert_scale=self.scale_all_linears and not ctx.capability.fixed_graph,
             insert_shift=False,
             keep_plain=self.alpha is None,
         )

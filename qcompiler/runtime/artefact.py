@@ -105,8 +105,9 @@ def write_text(path: Path, text: str, force: bool) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files that the recipe records."""
-    return {name: (folder / name).stat().st_size for name in SIZED if (folder / name).is_file()}
+    """Bytes of the files that the recipe records, weights in a companion's folder included."""
+    companions = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*.safetensors"))]
+    return {name: (folder / name).stat().st_size for name in (*SIZED, *companions) if (folder / name).is_file()}
 
 
 def check_sizes(folder: Path, recorded: dict[str, int]) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompiler.core import ArtefactError, DataError, Executable, FoldPlan, ModelError, OptionError
+from qcompiler.core import ArtefactError, Companion, DataError, Executable, FoldPlan, ModelError, OptionError
 from qcompiler.graph.run import open_session, save_model, session_options
 from qcompiler.report.data import Report
 from qcompiler.report.render import to_markdown
@@ -36,6 +36,7 @@ class CompiledModel:
         path: the saved ``model.onnx`` where this was loaded from; None: in memory only.
         executable: what runs, where the target makes something else than a graph for ONNX Runtime; then ``model`` is
             the canonical quantized graph that it was made from.
+        companion: the weights in another format, written along by :meth:`save`; None: there is none.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class CompiledModel:
         tokenizer: Path | None = None,
         path: Path | None = None,
         executable: Executable | None = None,
+        companion: Companion | None = None,
     ) -> None:
         self.model = model
         self.recipe = dict(recipe)
@@ -55,6 +57,7 @@ class CompiledModel:
         self.tokenizer = tokenizer
         self.path = path
         self.executable = executable
+        self.companion = companion
         self._sessions: dict[int | ort.SessionOptions, ort.InferenceSession] = {}
 
     @property
@@ -129,6 +132,8 @@ class CompiledModel:
             save_model(self.model, partial / artefact.MODEL)
             if self.executable is not None:
                 self.executable.save(partial)
+            if self.companion is not None:
+                self.companion.save(partial)
             artefact.save_plans(self.plans, partial / artefact.FOLDS)
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, partial / artefact.TOKENIZER)

@@ -37,7 +37,8 @@ def load(folder: str | os.PathLike[str]) -> CompiledModel:
     if not model.graph.outputs:  # bytes that are no ONNX model may parse as an empty protobuf message
         raise ArtefactError(f"{path} cannot be read as an ONNX model: it has no outputs.")
     tokenizer = folder / artefact.TOKENIZER
-    target = recipe.get("target")
+    spelled = recipe.get("target")
+    target = make_target(spelled) if isinstance(spelled, str) else None
     return CompiledModel(
         model=model,
         recipe=recipe,
@@ -45,7 +46,8 @@ def load(folder: str | os.PathLike[str]) -> CompiledModel:
         plans=artefact.load_plans(folder / artefact.FOLDS),
         tokenizer=tokenizer if tokenizer.is_file() else None,
         path=path,
-        executable=make_target(target).load(folder) if isinstance(target, str) else None,
+        executable=target.load(folder) if target is not None else None,
+        companion=target.companion(folder) if target is not None else None,
     )
 
 

@@ -9,6 +9,7 @@ from qcompiler.targets.base import Target
 TARGETS = {
     "ort-cpu": "qcompiler.targets.ort:OrtCpu",
     "onnx": "qcompiler.targets.portable:Portable",
+    "hf": "qcompiler.targets.hf:HuggingFace",
     "tvm-llvm": "qcompiler.targets.tvm:TvmLlvm",
     "tvm-cuda": "qcompiler.targets.tvm.cuda:TvmCuda",
 }

@@ -10,7 +10,8 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qcompiler.capability import Capability, Kernel
-from qcompiler.core import Executable
+from qcompiler.core import Companion, Executable
+from qcompiler.scheme import Scheme
 from qcompiler.targets.lowered import Coverage, Lowered
 
 
@@ -57,6 +58,15 @@ class Target(abc.ABC):
         """Digests of the data that decides what :meth:`lower` makes, by name: part of the recipe."""
         return {}
 
+    def prepare(self, model: ir.Model, scheme: Scheme) -> None:  # noqa: B027 (most targets need nothing here)
+        """See the canonical float graph before any pass quantizes or folds.
+
+        A target notes what :meth:`lower` must know of it, and keeps in float what it has no form for.
+
+        Raises:
+            TargetError: this model cannot become what the target makes.
+        """
+
     @abc.abstractmethod
     def lower(self, model: ir.Model) -> Lowered:
         """Rewrite the folded canonical graph in place to the target's operators; no function of ours is left.
@@ -80,4 +90,8 @@ class Target(abc.ABC):
         Raises:
             ArtefactError: it cannot be read, or does not run on this machine.
         """
+        return None
+
+    def companion(self, folder: Path) -> Companion | None:
+        """What :meth:`Companion.save` wrote there; None for targets that write model.onnx alone."""
         return None

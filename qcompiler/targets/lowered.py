@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from qcompiler.core import Executable, Note
+from qcompiler.core import Companion, Executable, Note
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import linears
 
@@ -51,12 +51,14 @@ class Lowered:
         notes: decisions: which kernel, which fusion, and what stayed as it was, with the reason.
         executable: what runs; None: the lowered graph does, in ONNX Runtime.
         runs: whether the executable runs on this machine; errors are measured on the graph where it does not.
+        companion: what else to save; None: nothing.
     """
 
     nodes: Mapping[str, str]
     notes: tuple[Note, ...] = ()
     executable: Executable | None = None
     runs: bool = True
+    companion: Companion | None = None
 
     @property
     def runnable(self) -> Executable | None:
