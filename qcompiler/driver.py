@@ -54,7 +54,8 @@ def compile(
         model: torch.nn.Module, torch.export.ExportedProgram, path of an ``.onnx`` file or of a Hugging Face folder,
             onnx.ModelProto, or onnx_ir.Model. It is not changed.
         scheme: a preset's name (``qcompiler.presets.PRESETS``) or a Scheme.
-        target: "ort-cpu", "onnx", "onnx{form=qoperator}" or "tvm-llvm".
+        target: "ort-cpu", "onnx", "onnx{form=qoperator}", "hf" (weight-only schemes of a Hugging Face folder) or
+            "tvm-llvm".
         calibration: any iterable of dicts / tuples of arrays or tensors, a DataLoader, an ``.npz``, a text file, a list
             of sentences, or a folder of images. Dynamic schemes run without it (without ``split`` and ``adaptive``).
         output: a folder to save to; it must not exist, unless ``force``. Without calibration data, weights are

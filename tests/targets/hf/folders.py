@@ -20,7 +20,7 @@ HIDDEN = 64
 
 
 def tiny_llama(folder: Path, dtype: str = "float32", family: str = "Llama", **options: Any) -> Path:
-    """A llama (or another decoder of such a configuration) of one layer and ``options``, saved there."""
+    """A llama (or another causal language model) of one layer and ``options``, saved there."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     sizes = {
         "vocab_size": families.VOCABULARY,

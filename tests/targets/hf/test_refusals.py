@@ -21,7 +21,7 @@ from qcompiler.presets import resolve
 from qcompiler.targets import make_target
 from qcompiler.targets.hf.writeback import Before, write_back
 from tests.graphs_int8 import float_mlp
-from tests.targets.hf.folders import compiled, open_once, tiny, tiny_llama
+from tests.targets.hf.folders import compiled, open_once, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,8 @@ def test_schemes_that_are_no_packed_integers(llama: Path, tmp_path: Path, scheme
 
 def test_nothing_to_pack(llama: Path, tmp_path: Path) -> None:
     refused(TargetError, "nothing to pack", tmp_path / "out", llama, ignore=["*"])
-    gpt2 = tiny("gpt2", tmp_path / "gpt2")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    gpt2 = tiny_llama(tmp_path / "gpt2", family="GPT2", **sizes)  # its Linears are Conv1D
     refused(TargetError, "packs torch.nn.Linear", tmp_path / "out", gpt2, scheme="w4a16{head=false}")
 
 
