@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.frontends.safetensors_file import Entry
+from qcompiler.frontends.safetensors_file import DTYPES, Entry
 
 SHARD = 5 * 10**9
 """Bytes after which another file is begun."""
-_ITEM = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 """Suffixes of what a tokenizer, a processor or the model's own code may consist of."""
 _OURS = ("config.json", "model.safetensors.index.json")
@@ -43,7 +42,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.size if self.size is not None else math.prod(self.shape) * _ITEM[self.code]
+        return self.size if self.size is not None else math.prod(self.shape) * _item(self.code)
 
     def bytes(self) -> bytes:
         """What the file will hold."""
@@ -76,7 +75,7 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard: int = SHAR
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One file; tensors of large items come first, which keeps all aligned."""
-    order = sorted(tensors, key=lambda name: (-_ITEM.get(tensors[name].code, 1), name))
+    order = sorted(tensors, key=lambda name: (-_item(tensors[name].code), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -90,6 +89,11 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
             written = file.write(tensors[name].bytes())
             if written != tensors[name].nbytes:
                 raise OSError(f"{name} has {written} bytes instead of {tensors[name].nbytes}: its source has changed")
+
+
+def _item(code: str) -> int:
+    """Bytes of one number; 1 for the types that numpy has not, which are of 8 bits or fewer."""
+    return np.dtype(DTYPES[code]).itemsize if code in DTYPES else 1
 
 
 def write_json(path: Path, data: Any) -> None:
