@@ -46,6 +46,7 @@ METHODS = {
     "GPTQ": "annotate,insert,gptq,fold",
     "GPTQ, clipped groups": "annotate,insert,clip_weights,gptq,fold",
     "AWQ, GPTQ, clipped groups": "awq,annotate,insert,clip_weights,gptq,fold",
+    "GPTQ, clipped groups, distilled": "annotate,insert,clip_weights,gptq,distill{steps=300},fold",
     "split, adaptive, GPTQ, clipped groups": "split,adaptive,annotate,insert,clip_weights,gptq,fold",
 }
 

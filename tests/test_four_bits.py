@@ -36,11 +36,11 @@ def test_stories_sampled_from_the_model_itself() -> None:
         compiled = qcompiler.compile(folder, scheme="w4a16", passes=passes, calibration=feeds[:-1], progress=False)
         return kl_divergence(reference, Runner(compiled.model, threads=1, as_deployed=True)(feeds[-1])["logits"])
 
-    nearest, clipped, both = (
-        divergence(f"annotate,insert,{middle}fold") for middle in ("", "clip_weights,", "clip_weights,gptq,")
-    )
+    middles = ("", "clip_weights,", "clip_weights,gptq,", "clip_weights,gptq,distill{steps=200},")
+    nearest, clipped, both, learned = (divergence(f"annotate,insert,{middle}fold") for middle in middles)
     assert clipped < 0.6 * nearest
     assert both < 0.5 * nearest
+    assert learned < 0.85 * both
 
 
 @pytest.mark.slow
