@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from qcompiler.core import Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
+from qcompiler.graph.linear import Linear
 from qcompiler.graph.weights import grid_of, in_groups, write_grid
 from qcompiler.numerics.grids import Grid
 from qcompiler.numerics.group_clip import clipped_grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
-from qcompiler.passes.judging import sample_request
 
 _MANY = 256  # inputs of a group: as many as a kernel's groups have at most, so that one scale an output has more
 
@@ -26,27 +26,24 @@ class ClipWeights(Pass):
     Attributes:
         shortest: of the ranges tried, as a part of the full one; None: 0.7 for groups of up to 256 inputs, else 0.5:
             the largest of many weights is further out.
-        rows: calibration rows that say how much each input counts.
     """
 
     name: ClassVar[str] = "clip_weights"
     shortest: float | None = None
-    rows: int = 512
 
     def __post_init__(self) -> None:
         if self.shortest is not None and not 0 < self.shortest <= 1:
             raise OptionError(f"clip_weights{{shortest={self.shortest}}}: a part of the full range is wanted, 0 to 1.")
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        return [sample_request(linear, self.rows) for readers in in_groups(model).values() for linear in readers]
+        return [_request(linear) for readers in in_groups(model).values() for linear in readers]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         notes = []
         for call, readers in in_groups(model).items():
             weight = array_of(readers[0].weight)
             assert weight is not None
-            samples = [stats[sample_request(linear, self.rows)].rows for linear in readers]
-            importance = np.mean([np.square(rows, dtype=np.float64).mean(0) for rows in samples], axis=0)
+            importance = np.mean([stats[_request(linear)] for linear in readers], axis=0)
             before = grid_of(call)
             after = clipped_grid(weight, before, importance, self._shortest(before))
             old, new = (
@@ -62,3 +59,8 @@ class ClipWeights(Pass):
         if self.shortest is not None:
             return self.shortest
         return 0.7 if (grid.group_size or 0) <= _MANY else 0.5
+
+
+def _request(linear: Linear) -> StatRequest:
+    """How much each input counts; of all rows, for a few tokens may carry most of it and a sample miss them."""
+    return StatRequest(linear.x.name or "", "meansquare", -1)

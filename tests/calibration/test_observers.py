@@ -24,7 +24,15 @@ EXACT += [
     ("mse", None),
     ("mse{bits=4,symmetric=true}", None),
 ]
-SUMS = [("absmean", None), ("absmean", -1), ("moving", None), ("moving", -1), ("hessian", -1)]
+SUMS = [
+    ("absmean", None),
+    ("absmean", -1),
+    ("meansquare", None),
+    ("meansquare", -1),
+    ("moving", None),
+    ("moving", -1),
+    ("hessian", -1),
+]
 ORDERED = [("ema{momentum=0.7}", None), ("ema{momentum=0.7}", -1), ("ema{momentum=0}", None)]
 CHANNELS = 3
 

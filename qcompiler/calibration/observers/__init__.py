@@ -20,6 +20,7 @@ OBSERVERS = {
     "rows": "qcompiler.calibration.observers.rows:RowSample",
     "folds": "qcompiler.calibration.observers.folds:Folds",
     "means": "qcompiler.calibration.observers.means:Means",
+    "meansquare": "qcompiler.calibration.observers.meansquare:MeanSquare",
     "hessian": "qcompiler.calibration.observers.hessian:Hessian",
 }
 
