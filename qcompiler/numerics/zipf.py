@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+Array = npt.NDArray[Any]
+
 _OFFSETS = (1, 3, 10, 30, 100, 300, 1000, 3000)
+_STARTS = 500  # of the least ids, one of which the words begin with
 _ANY = 0.1  # share of tokens that lie anywhere in the vocabulary: single characters, marks, rare words
 _MANDELBROT = 10  # the offset of word frequencies in a text
 
@@ -22,16 +27,24 @@ def zipf(ids: npt.ArrayLike, size: int) -> npt.NDArray[np.float64]:
         size: number of tokens in the vocabulary.
     """
     seen = np.unique(ids)
-    fits = {
-        (start, offset): float(np.log(_law(size, start, offset)[seen]).sum())
-        for start in seen.tolist()
-        for offset in _OFFSETS
-    }
-    start = max(fits, key=lambda key: fits[key])[0] if fits else 0
-    return _law(size, start, _MANDELBROT)
+    starts = seen[:_STARTS]
+    if not len(starts):
+        return _likelihood(np.arange(size), size, np.array([0]), _MANDELBROT)[0]
+    fits = [np.log(_likelihood(seen, size, starts, offset)).sum(1) for offset in _OFFSETS]
+    start = starts[np.argmax(np.max(fits, axis=0))]
+    return _likelihood(np.arange(size), size, np.array([start]), _MANDELBROT)[0]
 
 
-def _law(size: int, start: int, offset: int) -> npt.NDArray[np.float64]:
-    law = np.zeros(size)
-    law[start:] = 1 / (np.arange(size - start) + offset)
-    return np.asarray((1 - _ANY) * law / law.sum() + _ANY / size)
+def _likelihood(ids: Array, size: int, starts: Array, offset: int) -> npt.NDArray[np.float64]:
+    """Of each id under the law of each start, float64 [starts, ids]."""
+    totals = _harmonic(size - starts + offset - 1) - _harmonic(np.array([offset - 1]))
+    rank = ids[None] - starts[:, None]
+    law = np.where(rank < 0, 0, 1 / np.maximum(rank + offset, 1))
+    return np.asarray((1 - _ANY) * law / totals[:, None] + _ANY / size)
+
+
+def _harmonic(n: Array) -> npt.NDArray[np.float64]:
+    """1 + 1/2 + ... + 1/n."""
+    m = np.maximum(n, 1)
+    series = np.euler_gamma + np.log(m) + 1 / (2 * m) - 1 / (12 * m**2) + 1 / (120 * m**4)
+    return np.where(n > 0, series, 0.0)

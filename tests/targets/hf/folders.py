@@ -34,7 +34,7 @@ def tiny_llama(folder: Path, dtype: str = "float32", family: str = "Llama", **op
     with families.quiet():
         torch.manual_seed(0)
         config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
         families._randomize(model, 1)
         model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
