@@ -48,6 +48,7 @@ METHODS = {
     "AWQ, GPTQ, clipped groups": "awq,annotate,insert,clip_weights,gptq,fold",
     "GPTQ, clipped groups, distilled": "annotate,insert,clip_weights,gptq,distill{steps=300},fold",
     "split, adaptive, GPTQ, clipped groups": "split,adaptive,annotate,insert,clip_weights,gptq,fold",
+    "the same, distilled for long": "split,adaptive,annotate,insert,clip_weights,gptq,distill{steps=1500},fold",
 }
 
 
