@@ -61,7 +61,7 @@ def minilm() -> None:
     for label, passes in METHODS.items():
         for key, scheme in (("symmetric", "w4a8"), ("asymmetric", "w4a8{symmetric=false}")):
             with tempfile.TemporaryDirectory() as scratch:
-                calibration = encode(folder, minilm_calibration())
+                calibration = encode(folder, minilm_calibration(), batch=16)
                 out = Path(scratch) / "out"
                 qcompiler.compile(
                     folder, scheme=scheme, passes=passes, calibration=calibration, output=out, progress=False
