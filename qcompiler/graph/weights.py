@@ -12,6 +12,7 @@ from qcompiler.graph.linear import Linear, linears
 from qcompiler.numerics.codebooks import CodebookGrid, QuantizedScales
 from qcompiler.numerics.grids import Grid
 
+_TO_INTEGERS = ("FakeQuant", "FakeQuantBlocks")
 BITS = "qcompiler.bits"
 """Metadata of a folded weight: the bits its numbers take, which may be fewer than their type's."""
 
@@ -23,16 +24,21 @@ def fake_quantized(linear: Linear) -> bool:
 
 def on_integers(linear: Linear) -> bool:
     """Whether the fake-quant on its weight rounds to integers, whose grid :func:`grid_of` reads."""
-    return is_call(linear.weight_quant, "FakeQuant", "FakeQuantBlocks")
+    return is_call(linear.weight_quant, *_TO_INTEGERS)
+
+
+def to_integers(model: ir.Model) -> dict[ir.Node, list[Linear]]:
+    """The fake-quants to integers on weights, and the Linears whose weights stand behind each."""
+    groups: dict[ir.Node, list[Linear]] = {}
+    for linear in linears(model):
+        if linear.weight_quant is not None and on_integers(linear):
+            groups.setdefault(linear.weight_quant, []).append(linear)
+    return groups
 
 
 def in_groups(model: ir.Model) -> dict[ir.Node, list[Linear]]:
-    """The fake-quants to integers in groups of inputs, and the Linears whose weights stand behind each."""
-    groups: dict[ir.Node, list[Linear]] = {}
-    for linear in linears(model):
-        if linear.weight_quant is not None and is_call(linear.weight_quant, "FakeQuantBlocks"):
-            groups.setdefault(linear.weight_quant, []).append(linear)
-    return groups
+    """Those of them that round in groups of inputs."""
+    return {quant: readers for quant, readers in to_integers(model).items() if is_call(quant, "FakeQuantBlocks")}
 
 
 def codebook_of(call: ir.Node) -> CodebookGrid:

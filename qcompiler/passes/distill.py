@@ -19,9 +19,8 @@ import onnx_ir as ir
 from qcompiler.calibration.substitutes import training_batches
 from qcompiler.core import DataError, Note, OptionError
 from qcompiler.graph.edit import array_of, write_input
-from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.transaction import Transaction
-from qcompiler.graph.weights import grid_of, on_integers
+from qcompiler.graph.weights import grid_of, to_integers
 from qcompiler.numerics.grids import Grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.reference import float_weights
@@ -63,27 +62,25 @@ class Distill(Pass):
             raise DataError("pass 'distill' learns from samples: give calibration data.")
         if ctx.float_model is None:
             raise OptionError("pass 'distill' comes after 'insert': before it there is nothing to learn.")
-        groups: dict[ir.Node, list[Linear]] = {}
-        for linear in linears(model):
-            if linear.weight_quant is not None and on_integers(linear):
-                groups.setdefault(linear.weight_quant, []).append(linear)
+        groups = to_integers(model)
+        before = {quant: grid_of(quant).nearest(_weight(quant)) for quant in groups}
         originals = float_weights(model, ctx)
         student = model.clone()
         calls = {node.name: node for node in student.graph}
         starts: dict[ir.Node, ir.Value] = {}
         for quant, group in groups.items():
-            start = inside(originals[group[0].name], _integers(quant), grid_of(quant))
+            start = inside(originals[group[0].name], before[quant], grid_of(quant))
             starts[quant] = write_input(calls[quant.name], 0, start)
         rates = {value.name or "": self.rate * _step(quant) for quant, value in starts.items()}
         batches = training_batches(model, list(ctx.data), self.real, ctx.seed)
         learned = ctx.distill(ctx.float_model, student, rates, itertools.islice(batches, self.steps), self.steps)
         edit, notes = Transaction(model.graph), []
         for quant, group in groups.items():
-            before, grid = _integers(quant), grid_of(quant)
+            grid = grid_of(quant)
             q = grid.nearest(learned[starts[quant].name or ""])
             values = np.asarray(grid.dequantized(q), np.float32)
             edit.weight(quant, 0, values, _weight(quant), b"distill")()
-            what = f"{np.mean(q != before):.1%} of its integers changed"
+            what = f"{np.mean(q != before[quant]):.1%} of its integers changed"
             notes += [Note(linear.name, "distill", what) for linear in group]
         edit.inherit_names()
         return PassResult(bool(notes), tuple(notes))
@@ -104,10 +101,6 @@ def _weight(quant: ir.Node) -> Array:
     array = array_of(quant.inputs[0])
     assert array is not None
     return array
-
-
-def _integers(quant: ir.Node) -> npt.NDArray[np.int32]:
-    return grid_of(quant).nearest(_weight(quant))
 
 
 def _step(quant: ir.Node) -> float:
