@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qcompiler.core import FoldPlan, OptionError
 from qcompiler.graph.edit import add_initializer, array_of
-from qcompiler.graph.flow import FoldSite, Sink
+from qcompiler.graph.fold_site import FoldSite, Sink
 from qcompiler.graph.linear import as_linear, linear_named
 from qcompiler.graph.shapes import SIZES, Fact
 from qcompiler.graph.sources import Source, as_source

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.core import FoldPlan
 from qcompiler.graph.edit import array_of
-from qcompiler.graph.flow import FoldSite
+from qcompiler.graph.fold_site import FoldSite
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.rotation import record
 from qcompiler.graph.sources import as_source

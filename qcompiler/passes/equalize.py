@@ -19,7 +19,8 @@ from qcompiler.calibration.observers.folds import FoldSample
 from qcompiler.core import FoldPlan, Note, StatRequest
 from qcompiler.graph.absorb import FoldError, fold
 from qcompiler.graph.edit import array_of
-from qcompiler.graph.flow import FoldSite, analyse
+from qcompiler.graph.flow import analyse
+from qcompiler.graph.fold_site import FoldSite
 from qcompiler.graph.linear import Linear
 from qcompiler.numerics.affine import fake_quantize_dynamic, integer_range, scale_zero_point
 from qcompiler.numerics.equalization import channel_absmax, equalization_scale

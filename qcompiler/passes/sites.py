@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from qcompiler.core import FoldPlan
 from qcompiler.graph.absorb import fold, insert_scale
-from qcompiler.graph.flow import FoldSite, Sink, analyse
+from qcompiler.graph.flow import analyse
+from qcompiler.graph.fold_site import FoldSite, Sink
 from qcompiler.graph.linear import Linear
 from qcompiler.passes.judging import by_input, quantized
 from qcompiler.scheme import Scheme

@@ -12,7 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qcompiler.graph.flow import FoldSite, analyse
+from qcompiler.graph.flow import analyse
+from qcompiler.graph.fold_site import FoldSite
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.heads import output_heads
 from qcompiler.graph.linear import linears

@@ -11,7 +11,8 @@ import onnx.parser
 import onnx_ir as ir
 
 from qcompiler.graph.absorb import fold
-from qcompiler.graph.flow import FoldSite, analyse
+from qcompiler.graph.flow import analyse
+from qcompiler.graph.fold_site import FoldSite
 from qcompiler.graph.functions import ensure_function
 from qcompiler.graph.run import Runner
 from qcompiler.graph.verify import relative_error

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
 from qcompiler.graph.edit import sole_user, users
-from qcompiler.graph.rules.rewriter import Rewriter, dims, lowest, made_by, number, rank, small_array, with_number
+from qcompiler.graph.rules.patterns import dims, lowest, made_by, number, rank, small_array, with_number
+from qcompiler.graph.rules.rewriter import Rewriter
 
 _FLOAT_MIN = float(np.finfo(np.float32).min)
 _MASKED = -1e4

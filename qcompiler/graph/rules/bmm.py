@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import sole_user
-from qcompiler.graph.rules.rewriter import Rewriter, dims, made_by, number, rank
+from qcompiler.graph.rules.patterns import dims, made_by, number, rank
+from qcompiler.graph.rules.rewriter import Rewriter
 
 _POINTWISE = ("Mul", "Div", "Add", "Max")
 

@@ -17,14 +17,9 @@ import onnx.reference.ops
 import onnx_ir as ir
 
 from qcompiler.graph.functions import OPSET
+from qcompiler.graph.rules.patterns import SMALL, SMALL_MASK, rank, small_array
 from qcompiler.graph.rules.reshapes import NO_OPS
-from qcompiler.graph.rules.rewriter import (
-    SMALL,
-    SMALL_MASK,
-    Rewriter,
-    rank,
-    small_array,
-)
+from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.symbols import Symbols
 
 _NEVER_FOLDED = {"Constant", "QuantizeLinear", "DequantizeLinear", "If", "Loop", "Scan", "SequenceMap"}

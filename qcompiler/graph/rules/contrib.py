@@ -13,7 +13,8 @@ import onnx_ir as ir
 from qcompiler.core import DOMAIN
 from qcompiler.graph.edit import remove_dead
 from qcompiler.graph.rules.contrib_attention import expand_attention, expand_multi_head_attention
-from qcompiler.graph.rules.rewriter import Rewriter, rank
+from qcompiler.graph.rules.patterns import rank
+from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.sequences import infer_shapes
 
 _MICROSOFT = "com.microsoft"

@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.rules.heads import additive, attend, causal_condition, merge_heads, split_heads
-from qcompiler.graph.rules.rewriter import Rewriter, dims, last_dim, made_by, rank
+from qcompiler.graph.rules.patterns import dims, last_dim, made_by, rank
+from qcompiler.graph.rules.rewriter import Rewriter
 
 
 def expand_attention(rewriter: Rewriter, node: ir.Node) -> None:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.graph.edit import users
-from qcompiler.graph.rules.rewriter import Rewriter, number
+from qcompiler.graph.rules.patterns import number
+from qcompiler.graph.rules.rewriter import Rewriter
 
 Array = npt.NDArray[np.float64]
 

@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import DOMAIN, ModelError
-from qcompiler.graph.rules.rewriter import Rewriter, dims, lowest
+from qcompiler.graph.rules.patterns import dims, lowest
+from qcompiler.graph.rules.rewriter import Rewriter
 
 
 def split_heads(rewriter: Rewriter, before: ir.Node, x: ir.Value, heads: int) -> ir.Value:

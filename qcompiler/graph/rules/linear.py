@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of, sole_user
-from qcompiler.graph.rules.rewriter import TIED, Rewriter, dims, is_vector, last_dim, made_by, rank, small_array
+from qcompiler.graph.rules.patterns import dims, is_vector, last_dim, made_by, rank, small_array
+from qcompiler.graph.rules.rewriter import TIED, Rewriter
 from qcompiler.graph.stored import on_disk, transposed
 
 

@@ -7,9 +7,7 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
 from qcompiler.graph.edit import array_of, users
-from qcompiler.graph.rules.rewriter import (
-    PARAMETER,
-    Rewriter,
+from qcompiler.graph.rules.patterns import (
     is_vector,
     last_dim,
     made_by,
@@ -19,6 +17,7 @@ from qcompiler.graph.rules.rewriter import (
     reduces_last,
     with_number,
 )
+from qcompiler.graph.rules.rewriter import PARAMETER, Rewriter
 
 
 def raise_norms(rewriter: Rewriter) -> None:

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN, ModelError
 from qcompiler.graph.functions import OPSET
-from qcompiler.graph.rules.rewriter import Rewriter, dims, rank
+from qcompiler.graph.rules.patterns import dims, rank
+from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.sequences import infer_shapes
 
 OLDEST, NEWEST = 11, 23

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph.rules.rewriter import Rewriter, axes_of, dims, made_by, number, rank
+from qcompiler.graph.rules.patterns import axes_of, dims, made_by, number, rank
+from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.symbols import Element, Symbols
 
 

@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
 from qcompiler.graph.edit import users
-from qcompiler.graph.rules.rewriter import Rewriter, axes_of, dims, last_dim, made_by, other_input, rank, small_array
+from qcompiler.graph.rules.patterns import axes_of, dims, last_dim, made_by, other_input, rank, small_array
+from qcompiler.graph.rules.rewriter import Rewriter
 
 
 def raise_rotary(rewriter: Rewriter) -> None:

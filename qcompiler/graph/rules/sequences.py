@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import users
-from qcompiler.graph.rules.rewriter import Rewriter, dims, rank, small_array
+from qcompiler.graph.rules.patterns import dims, rank, small_array
+from qcompiler.graph.rules.rewriter import Rewriter
 
 _SEQUENCES = {"SplitToSequence", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceEmpty", "SequenceMap"}
 

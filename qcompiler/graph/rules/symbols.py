@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph.rules.rewriter import axes_of, dims, rank, small_array
+from qcompiler.graph.rules.patterns import axes_of, dims, rank, small_array
 
 Element = int | str | None
 MAX_ELEMENTS = 16
