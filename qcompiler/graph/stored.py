@@ -70,8 +70,16 @@ def on_disk(tensor: ir.TensorProtocol | None) -> bool:
 def transposed(tensor: ir.TensorProtocol, name: str | None = None) -> Stored:
     """The transpose of a matrix on disk, without reading it now."""
     rows, columns = (int(size) for size in tensor.shape.numpy())
-    read = tensor.read if isinstance(tensor, Stored) else functools.partial(_copied, tensor)
-    return Stored(functools.partial(_transpose, read), tensor.dtype, (columns, rows), name)
+    return Stored(functools.partial(_transpose, _reader(tensor)), tensor.dtype, (columns, rows), name)
+
+
+def converted(tensor: ir.TensorProtocol, dtype: ir.DataType) -> Stored:
+    """The numbers of a tensor on disk in another float type, without reading them now."""
+    return Stored(_reader(tensor), dtype, tuple(int(size) for size in tensor.shape.numpy()))
+
+
+def _reader(tensor: ir.TensorProtocol) -> Callable[[], Array]:
+    return tensor.read if isinstance(tensor, Stored) else functools.partial(_copied, tensor)
 
 
 def _transpose(read: Callable[[], Array]) -> Array:

@@ -63,6 +63,8 @@ class Distill(Pass):
         if ctx.float_model is None:
             raise OptionError("pass 'distill' comes after 'insert': before it there is nothing to learn.")
         groups = to_integers(model)
+        if not groups:
+            return PassResult(False, (Note("", "nothing distilled", "no weight is rounded to integers"),))
         before = {quant: grid_of(quant).nearest(_weight(quant)) for quant in groups}
         originals = float_weights(model, ctx)
         student = model.clone()

@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
 from qcompiler.core import DataError, ModelError, OptionError
+from qcompiler.training.dtypes import to_array, to_torch
 from qcompiler.training.ops import ONLY, OPS
 
 
@@ -58,7 +58,7 @@ def rebuild(model: ir.Model, taps: Sequence[str] = ()) -> Rebuilt:
         taps: names of inner values to return beside the model's own outputs.
 
     Raises:
-        ModelError: a node has no torch function here.
+        ModelError: a node has no torch function here, or torch does not compute with the type of an initializer.
         OptionError: a tap is no value of the graph.
     """
     return _Builder(model).built(taps)
@@ -73,7 +73,7 @@ def write_back(rebuilt: Rebuilt, model: ir.Model) -> list[str]:
     for name in trained:
         value = model.graph.initializers[name]
         assert value.const_value is not None
-        array = rebuilt.weights[name].detach().numpy().astype(value.const_value.dtype.numpy())
+        array = to_array(rebuilt.weights[name]).astype(value.const_value.dtype.numpy())
         value.const_value = ir.tensor(array, name=name)
     return trained
 
@@ -140,7 +140,7 @@ class _Builder:
 
     def _constant(self, name: str | None, tensor: ir.TensorProtocol, weight: bool = False) -> fx.Node:
         """A parameter where it is a float initializer, else a buffer."""
-        values = torch.from_numpy(np.array(tensor.numpy()))
+        values = to_torch(tensor)
         place = _free(_identifier(name), dir(self._root))
         if weight and values.is_floating_point():
             parameter = torch.nn.Parameter(values, requires_grad=False)

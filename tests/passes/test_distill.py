@@ -51,6 +51,15 @@ def test_starts_are_rounded_to_what_stands_there_and_lie_near_the_weight(seed: i
     assert np.all(np.abs(start - weight)[same] <= 0.051 * step[same])
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "fp16", "nf4"])
+def test_where_nothing_is_rounded_to_integers_nothing_is_learned(scheme: str) -> None:
+    model, ctx = inserted(scheme)
+    ctx.distill = lambda *_: pytest.fail("there is nothing to train")
+    result = Distill().run(model, {}, ctx)
+    assert not result.changed
+    assert [note.why for note in result.notes] == ["no weight is rounded to integers"]
+
+
 def test_what_is_learned_is_rounded_and_what_stood_there_was_the_start() -> None:
     """A stand-in for training moves every weight up by one step of its grid; the pass rounds what it gets back."""
     model, ctx = inserted()

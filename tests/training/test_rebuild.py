@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler.core import DataError, ModelError, OptionError
@@ -121,6 +123,34 @@ def test_what_is_written_back_does_not_change_with_further_training() -> None:
     with torch.no_grad():
         rebuilt.weights["wq"] += 1
     np.testing.assert_array_equal(array_of(model.graph.initializers["wq"]), before)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16])
+def test_weights_of_16_bits_are_computed_with_trained_and_written_back(kind: type) -> None:
+    text = "g (float[B,8] x) => (float[B,8] y) { wide = Cast<to = 1>(w) h = MatMul(x, wide) y = Add(h, b) }"
+    model = tiny(text, {"w": (8, 8), "b": (8,)})
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.tensor(array_of(weight).astype(kind), name="w")
+    weight.dtype = weight.const_value.dtype
+    feeds = feeds_for(model)
+    assert outputs_apart(model, feeds) <= 1e-6
+    rebuilt, before = rebuild(model), array_of(weight).copy()
+    rebuilt.weights["w"].requires_grad_()
+    rebuilt(**feeds)["y"].sum().backward()
+    with torch.no_grad():
+        rebuilt.weights["w"] -= rebuilt.weights["w"].grad
+    assert write_back(rebuilt, model) == ["w"]
+    after = array_of(model.graph.initializers["w"])
+    assert after.dtype == before.dtype == kind
+    assert (after != before).all()
+    assert outputs_apart(model, feeds) <= 1e-6
+
+
+def test_a_data_type_that_torch_does_not_compute_with_is_refused() -> None:
+    model = tiny("g (float[B,8] x) => (float[B,8] y) { w = Cast<to = 1>(q) y = MatMul(x, w) }", {"q": (8, 8)})
+    model.graph.initializers["q"].const_value = ir.tensor(np.ones((8, 8), ml_dtypes.int4), name="q")
+    with pytest.raises(ModelError, match=r"^numbers of type INT4 cannot be trained through"):
+        rebuild(model)
 
 
 def test_an_operator_without_a_torch_function_is_refused_by_name() -> None:

@@ -19,8 +19,10 @@ from qcompiler.graph.rules.opset import convert_opset, convert_softmax, source_o
 from qcompiler.graph.rules.rewriter import Rewriter
 from qcompiler.graph.rules.rotary import raise_rotary
 from qcompiler.graph.rules.sequences import infer_shapes, raise_splits
+from qcompiler.graph.rules.widened import widen_weights
 
 _FAMILIES = (
+    widen_weights,
     raise_splits,
     raise_linears,
     simplify,  # Reshapes behind Linears that kept their rank

@@ -60,6 +60,18 @@ def test_it_is_16_bits_in_the_file_and_float_at_load(scheme: str, tmp_path: Path
     assert all(row.quantized for row in compiled.report.rows)
 
 
+@pytest.mark.parametrize("scheme", ["fp16", "bf16"])
+def test_a_file_with_weights_of_16_bits_is_a_source_again(scheme: str, tmp_path: Path) -> None:
+    """Its Linears are found under their names, and quantized as the rounded weights would be."""
+    first = qcompiler.compile(ir.to_proto(layer(64, 40)), scheme=scheme, output=tmp_path / "out", progress=False)
+    again = qcompiler.compile(tmp_path / "out" / "model.onnx", scheme="w8a16", progress=False)
+    assert [row.name for row in again.report.rows] == [row.name for row in first.report.rows]
+    assert all(row.quantized for row in again.report.rows)
+    feeds = {"x": np.random.default_rng(3).standard_normal((ROWS, 64), np.float32)}
+    want, got = first.run(feeds)["b"], again.run(feeds)["b"]
+    assert 0 < np.abs(got - want).max() < 0.02 * np.abs(want).max()
+
+
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 2**16), st.sampled_from([1e-30, 1.0, 1e30]))
 def test_int16_is_within_half_a_step(rows: int, columns: int, seed: int, size: float) -> None:
     weight = (np.random.default_rng(seed).standard_normal((rows, columns)) * size).astype(np.float32)
