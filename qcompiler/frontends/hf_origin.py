@@ -24,7 +24,9 @@ def describe(model: Any, traced: torch.nn.Module, folder: Path, paths: Sequence[
     Raises:
         ModelError: a file cannot be read.
     """
-    linears = frozenset(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = frozenset(modules)
+    subclassed = frozenset(name for name, module in modules.items() if type(module) is not torch.nn.Linear)
     spellings: dict[int, list[str]] = {}
     state = _named(model)
     for name, tensor in state.items():
@@ -39,7 +41,7 @@ def describe(model: Any, traced: torch.nn.Module, folder: Path, paths: Sequence[
         parameter = loaded.name(key, entry.shape)
         found[key if parameter is None else aliases[id(state[parameter])][0]] = entry
     names = {name: aliases[id(tensor)] for name, tensor in _named(traced).items() if id(tensor) in aliases}
-    return Origin(folder, names, found, linears)
+    return Origin(folder, names, found, linears, subclassed)
 
 
 class _Loader:

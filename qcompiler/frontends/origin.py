@@ -23,12 +23,14 @@ class Origin:
             several, and that of a torch.nn.Linear comes last.
         entries: the files' tensors, those of parameters under the first of their names in the model.
         linears: names of all torch.nn.Linear modules of the whole model, whether they are in the graph or not.
+        subclassed: those of them that are of a subclass, with a forward of its own as a rule (Falcon).
     """
 
     folder: Path
     names: Mapping[str, tuple[str, ...]]
     entries: Mapping[str, Entry]
     linears: frozenset[str]
+    subclassed: frozenset[str]
 
 
 def leave_origin(graph: ir.Graph, origin: Origin) -> None:

@@ -14,10 +14,13 @@ from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.rules.rewriter import MAP, PARAMETER, TIED
 from qcompiler.graph.run import Runner
 from qcompiler.passes import make_pass
+from qcompiler.passes.annotate import Annotate
 from qcompiler.passes.base import Context
+from qcompiler.passes.normalise import Normalise
 from qcompiler.presets import PRESETS
 from tests import families
 from tests.graph.rules.spelling import counts
+from tests.passes.blocks import block, context
 
 # Linears, LayerNormalization, RMSNorm, Gelu, RotaryEmbedding, Attention, MaskedAttention of the two-layer families.
 # gemma2's softcap stands between product and softmax, cohere rotates interleaved pairs: both stay as they are.
@@ -121,3 +124,13 @@ def test_weights_stay_on_disk_unless_they_are_transposed(tmp_path: Path) -> None
     for name, value in model.graph.initializers.items():
         if value.dtype == ir.DataType.FLOAT and PARAMETER in value.metadata_props:
             assert isinstance(value.const_value, ir.ExternalTensor) != (MAP in value.metadata_props), name
+
+
+def test_what_an_earlier_compile_decided_is_forgotten() -> None:
+    model, fresh = block(), block()
+    for item in (Normalise(), Annotate()):
+        item.run(model, {}, context("w4a8", ignore=("wo",)))
+    item = Normalise()
+    item.run(model, {}, context())
+    item.run(fresh, {}, context())
+    assert [dict(node.metadata_props) for node in model.graph] == [dict(node.metadata_props) for node in fresh.graph]

@@ -62,20 +62,21 @@ class HuggingFace(Target):
                 f"target 'hf' cannot quantize {origin.folder}: its config.json says it is quantized already."
             )
         kinds: dict[str, Kind] = {}
-        refused = {}
+        refused, modules = {}, set()
         for linear in quantized(model, scheme):
             spec = scheme.weight_of(linear.name)
             why = _refusal(linear, origin, spec.group_size)
             if why is None:
                 size = spec.group_size if spec.group_size is not None and spec.group_size < linear.in_features else None
                 kinds[linear.name] = Kind(spec.bits, spec.symmetric, size)
+                modules.add(module_of(linear, origin))
             else:
                 refused[linear.name] = why
                 keep_float(linear.matmul, why)
         if not kinds:
             why = "; ".join(dict.fromkeys(refused.values())) or "the scheme leaves all Linears in float"
             raise TargetError(f"target 'hf' has nothing to pack: {why}.")
-        quantization_config(kinds, [])
+        quantization_config(kinds, [], dense=bool(modules & origin.subclassed))
         Before.leave(model.graph)
 
     def lower(self, model: ir.Model) -> Lowered:
@@ -84,7 +85,8 @@ class HuggingFace(Target):
         assert origin is not None
         found = write_back(model, origin)
         ignore = sorted(origin.linears - set(found.kinds))
-        config = {**_config(origin), "quantization_config": quantization_config(found.kinds, ignore)}
+        dense = bool(origin.subclassed & set(found.kinds))
+        config = {**_config(origin), "quantization_config": quantization_config(found.kinds, ignore, dense)}
         if found.untied:
             _untie(config)
         if not {"dtype", "torch_dtype"} & set(config):

@@ -99,23 +99,27 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def quantization_config(kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any]:
+def quantization_config(kinds: Mapping[str, Kind], ignore: list[str], dense: bool = False) -> dict[str, Any]:
     """What config.json says of the quantized modules, by name, and of the torch.nn.Linear that are float.
 
     The kind that most modules have is that of all "Linear" but the ignored, others are named. Zero points load only
     where transformers dequantizes at once (5.23 with compressed-tensors 0.20 takes their packed form for a mismatch),
-    and for that it knows one kind a model.
+    and for that it knows one kind a model. ``dense`` asks for that too: some module is of a subclass of torch.nn.Linear,
+    whose own code looks for the weight that packing takes from it (FalconLinear).
 
     Raises:
-        TargetError: asymmetric weights of several kinds.
+        TargetError: weights of several kinds, where transformers must dequantize at once.
     """
     counts = Counter(kinds.values())
     order = sorted(counts, key=lambda kind: (-counts[kind], kind))
     asymmetric = not all(kind.symmetric for kind in order)
-    if asymmetric and len(order) > 1:
+    if (asymmetric or dense) and len(order) > 1:
+        what, way = "zero points", "a symmetric scheme, or one width and group for all"
+        if dense:
+            what, way = "Linears of a class of the model's own", "one width, group and symmetry for all"
         raise TargetError(
             f"target 'hf' would have weights of {len(order)} kinds ({'; '.join(map(str, order))}), and transformers "
-            "loads zero points in models of one kind only: take a symmetric scheme, or one width and group for all."
+            f"loads {what} in models of one kind only: take {way}."
         )
     groups = {}
     for number, kind in enumerate(order):
@@ -136,4 +140,4 @@ def quantization_config(kinds: Mapping[str, Kind], ignore: list[str]) -> dict[st
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    return {**config, "dequantize": True} if asymmetric else config
+    return {**config, "dequantize": True} if asymmetric or dense else config

@@ -87,6 +87,12 @@ def test_max_size_counts_one_file(llama: Path, tmp_path: Path) -> None:
     refused(OptionError, "saves more than that", tmp_path / "out", llama, **options)
 
 
+def test_max_drop_has_nothing_to_choose(llama: Path, tmp_path: Path) -> None:
+    options = {"max_drop": {"sqnr": 20}, "calibration": [{}]}
+    refused(OptionError, "scheme 'w4a16' leaves them in float", tmp_path / "out", llama, **options)
+    refused(TargetError, "cannot run scheme 'w8a8'", tmp_path / "out", llama, scheme="w8a8", **options)
+
+
 # --- what passes may have left in the graph ---
 
 

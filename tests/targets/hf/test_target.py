@@ -11,7 +11,7 @@ import pytest
 
 import qcompiler
 from qcompiler import quantize
-from qcompiler.core import ArtefactError
+from qcompiler.core import ArtefactError, TargetError
 from qcompiler.graph.linear import linears
 from qcompiler.graph.weights import folded_grid
 from tests import families
@@ -141,6 +141,20 @@ def test_gemma_norms_are_written_without_their_one(tmp_path: Path) -> None:
     assert "model.layers.0.input_layernorm.weight" in changed
     assert "model.layers.0.post_attention_layernorm.weight" not in changed  # 1 + w - 1 would not give w again
     check_same(load(tmp_path / "out" / "hf"), made, "gemma2")
+
+
+def test_linears_of_a_subclass_are_dequantized_at_once(tmp_path: Path) -> None:
+    """FalconLinear's own code, and that which initializes it, looks for the weight that packing would take away."""
+    falcon = tiny_llama(tmp_path / "falcon", family="Falcon")
+    made = compiled(falcon, tmp_path / "out")
+    assert all(row.quantized for row in made.report.rows)
+    assert config_of(tmp_path / "out")["quantization_config"]["dequantize"]
+    check_same(load(tmp_path / "out" / "hf"), made)
+    with pytest.raises(TargetError, match="of a class of the model's own in models of one kind only"):
+        compiled(falcon, tmp_path / "mixed", bits={"*h_to_4h*": 8})
+    ignored = compiled(falcon, tmp_path / "head", ignore=["*transformer*"])  # the head is a plain Linear
+    assert [row.name for row in ignored.report.rows if row.quantized] == ["lm_head"]
+    assert "dequantize" not in config_of(tmp_path / "head")["quantization_config"]
 
 
 def test_parameters_keep_the_type_of_their_file(odd: Path, tmp_path: Path) -> None:
