@@ -104,8 +104,8 @@ def quantization_config(kinds: Mapping[str, Kind], ignore: list[str], dense: boo
 
     The kind that most modules have is that of all "Linear" but the ignored, others are named. Zero points load only
     where transformers dequantizes at once (5.23 with compressed-tensors 0.20 takes their packed form for a mismatch),
-    and for that it knows one kind a model. ``dense`` asks for that too: some module is of a subclass of torch.nn.Linear,
-    whose own code looks for the weight that packing takes from it (FalconLinear).
+    and for that it knows one kind a model. ``dense`` asks for that too: some module is of a subclass of
+    torch.nn.Linear, whose own code looks for the weight that packing takes from it (FalconLinear).
 
     Raises:
         TargetError: weights of several kinds, where transformers must dequantize at once.
