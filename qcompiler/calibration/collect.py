@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sized
 from typing import Any
 
@@ -15,6 +16,7 @@ from qcompiler.calibration.observers import Observer, make_observer
 from qcompiler.calibration.observers.base import Rows, Samples, as_rows, not_finite
 from qcompiler.calibration.origin import first_nan
 from qcompiler.core import DataError, ModelError, StatRequest
+from qcompiler.graph.experts import Chosen, chosen
 from qcompiler.graph.run import Feeds, Runner
 
 MASK = "attention_mask"
@@ -32,6 +34,7 @@ def collect(
     """Run the model once over the data and return what each request asks for.
 
     Values of rank above 2 are read as rows of their last axis; rows of padding (``attention_mask`` is 0) are dropped.
+    What an expert reads that no row chose is judged by all rows that there are.
     Equal requests share one observer, and an array is freed as soon as its observers have seen it, so memory does not
     grow with the data.
 
@@ -54,28 +57,60 @@ def collect(
     for request, observer in observers.items():
         by_value.setdefault(request.value, []).append(observer)
     _check_names(model, by_value)
-    runner = Runner(model, list(by_value), threads)
+    gathered = parts_of_experts(model, by_value)
+    taps = [value.name or "" for part in gathered.values() for value in (part.rows, part.inverse)]
+    runner = Runner(model, [*by_value, *taps], threads)
     ran = False
     first = 0
     for index, feeds in enumerate(shown(batches, "calibrating", progress)):
         ran = True
-        _observe(model, runner, feeds, by_value, index, first)
+        _observe(model, runner, feeds, by_value, gathered, index, first)
         first += samples_in(feeds)
     if not ran:
         raise DataError("the calibration data is empty: give at least one batch.")
-    return {request: _result(request, observer) for request, observer in observers.items()}
+    unseen = {
+        request: dataclasses.replace(request, value=gathered[request.value].source.name or "")
+        for request, observer in observers.items()
+        if request.value in gathered and not observer.seen
+    }
+    instead = collect(model, batches, unseen.values(), seed=seed, progress=progress, threads=threads)
+    return {
+        request: instead[unseen[request]] if request in unseen else _result(request, observer)
+        for request, observer in observers.items()
+    }
+
+
+def parts_of_experts(model: ir.Model, names: Iterable[str]) -> dict[str, Chosen]:
+    """Which of these values hold only rows that chose an expert, and which rows those are."""
+    wanted = set(names)
+    found = {
+        output.name: part
+        for node in model.graph
+        for output in node.outputs
+        if output.name in wanted and (part := chosen(output)) is not None
+    }
+    return {name: part for name, part in found.items() if name is not None}
 
 
 def _observe(
-    model: ir.Model, runner: Runner, feeds: Feeds, by_value: dict[str, list[Observer]], index: int, first: int
+    model: ir.Model,
+    runner: Runner,
+    feeds: Feeds,
+    by_value: dict[str, list[Observer]],
+    gathered: dict[str, Chosen],
+    index: int,
+    first: int,
 ) -> None:
     """Run one batch, whose first sample has the number ``first``."""
     mask = feeds.get(MASK)
     arrays = runner(feeds)
+    places = {
+        name: (arrays[part.rows.name or ""], len(arrays[part.inverse.name or ""])) for name, part in gathered.items()
+    }
     for name in arrays.keys() - by_value.keys():
         del arrays[name]
     for name, observers in by_value.items():
-        rows, samples = unpadded(arrays.pop(name), mask, samples_in(feeds))
+        rows, samples = unpadded(arrays.pop(name), mask, samples_in(feeds), places.get(name))
         if (fault := not_finite(rows)) is not None:
             origin = first_nan(model, feeds, name) if fault == "NaN" else None
             raise DataError(
@@ -86,18 +121,36 @@ def _observe(
             observer.observe(rows, samples + first)
 
 
-def unpadded(x: npt.NDArray[Any], mask: npt.NDArray[Any] | None, batch: int) -> tuple[Rows, Samples]:
+def unpadded(
+    x: npt.NDArray[Any],
+    mask: npt.NDArray[Any] | None,
+    batch: int,
+    place: tuple[npt.NDArray[Any], int] | None = None,
+) -> tuple[Rows, Samples]:
     """A value without rows whose token is masked out, float32 [rows, channels], and the sample of each, int64 [rows].
 
     A value is masked where its leading axes are the mask's [batch, sequence], where it is [batch · sequence, channels],
     or where it is [batch, heads, sequence, channels]; any other is kept whole. Rows are shared out evenly among the
     ``batch`` samples; where that cannot be, they all are of the first.
+
+    Args:
+        place: where the rows of ``x`` come from, if they are some of another value's: int64 [rows], their places among
+            its rows, and how many those are (a multiple of the mask's: as many for each token).
     """
-    kept = _kept(x, mask)
     rows = as_rows(x)
-    number = len(rows)
+    number = len(rows) if place is None else place[1]
     samples = np.arange(number) // (number // batch) if number and number % batch == 0 else np.zeros(number, np.int64)
-    return (rows, samples) if kept is None else (rows[kept], samples[kept])
+    if place is not None:
+        kept = _of_tokens(number, mask)[place[0]]
+        return rows[kept], samples[place[0]][kept]
+    whole = _kept(x, mask)
+    return (rows, samples) if whole is None else (rows[whole], samples[whole])
+
+
+def _of_tokens(number: int, mask: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
+    """Which of ``number`` rows, as many for each token, are no padding."""
+    real = np.ones(1, bool) if mask is None else np.asarray(mask).reshape(-1) != 0
+    return np.repeat(real, number // len(real)) if number % len(real) == 0 else np.ones(number, bool)
 
 
 def _kept(x: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_] | None:

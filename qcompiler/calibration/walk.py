@@ -5,7 +5,7 @@ Every node runs once for each batch. Between two pieces, what later nodes read i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qcompiler.calibration.collect import MASK, samples_in, unpadded
 from qcompiler.calibration.observers.base import Rows, Samples, not_finite
 from qcompiler.core import DataError
+from qcompiler.graph.experts import chosen
 from qcompiler.graph.run import Feeds, Runner
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -59,21 +60,24 @@ class Walk:
             DataError: the value is NaN or infinite somewhere.
             ModelError: the run fails.
         """
-        self._advance(value)
+        part = chosen(value)
+        self._advance(value, () if part is None else (part.rows, part.inverse))
         first = 0
         for index, (feeds, live) in enumerate(zip(self._feeds, self._live, strict=True)):
             count = samples_in(feeds)
-            rows, samples = unpadded(live[value.name or ""], feeds.get(MASK), count)
+            place = None if part is None else (live[part.rows.name or ""], len(live[part.inverse.name or ""]))
+            rows, samples = unpadded(live[value.name or ""], feeds.get(MASK), count, place)
             if (fault := not_finite(rows)) is not None:
                 raise DataError(f"value {value.name!r} holds {fault} in calibration batch {index}.")
             yield rows, samples + first
             first += count
 
-    def _advance(self, value: ir.Value) -> None:
+    def _advance(self, value: ir.Value, beside: Sequence[ir.Value]) -> None:
+        """Run everything up to the value; those beside it, on which it depends, are there afterwards too."""
         stop = self.place(value) + 1
         if stop <= self._done:
             return
-        wanted = self._read_from(stop)
+        wanted = list(dict.fromkeys([*self._read_from(stop), *beside]))
         made = {output for node in self._nodes[self._done : stop] for output in node.outputs}
         given = [v for v in self._read_from(self._done) if v.name in self._live[0]]
         runner = Runner(self._piece(given, [v for v in wanted if v in made]), threads=self._threads)

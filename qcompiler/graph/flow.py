@@ -176,7 +176,8 @@ class _Flow:
     def _remember_outside(self, node: ir.Node) -> None:
         for i, value in enumerate(node.inputs):
             if value is not None and value not in self.labels:
-                if node.op_type in ("Reshape", "Expand") and i == 1:
+                computed = ir.convenience.get_const_tensor(value) is None  # a constant [-1, n] may serve many sizes
+                if node.op_type in ("Reshape", "Expand") and i == 1 and computed:
                     shape = np.array(self.facts[node.outputs[0].name or ""].shape, dtype=np.int64)
                     self.boundary[value.name or ""] = Fact(shape.shape, ir.DataType.INT64, shape)
                 elif (producer := value.producer()) is not None and producer.op_type == "Softmax":

@@ -11,6 +11,11 @@ Norms and attention (raised by ``normalise``):
   q [B, H, S, D], k, v [B, H, T, D], mask float and additive, broadcast to [B, H, S, T]. Rows of the softmax sum to 1,
   or are 0 where a row is masked throughout.
 
+Mixture of experts (raised by ``normalise``):
+
+- ``SortByExpert(ids) {experts}`` -> order, inverse, counts: ids int64 [rows], the expert of each row; order [rows], the
+  rows of expert 0 in their order, then those of expert 1 …; inverse [rows] undoes it; counts [experts], rows of each.
+
 Fake-quant (placed by ``insert``) and what ``fold`` leaves of a weight that is no integer: ``fake_quant.py``.
 """
 
@@ -67,6 +72,21 @@ _BODIES = {
         zero_like = CastLike(zero, q)
         p = Where(nan, zero_like, soft)
         y = MatMul(p, v)
+    }""",
+    "SortByExpert": """<experts>(ids) => (order, inverse, counts) {
+        rows = Shape(ids)
+        sorted, order = TopK<axis: int = 0, largest: int = 0>(ids, rows)
+        places, inverse = TopK<axis: int = 0, largest: int = 0>(order, rows)
+        zero = Constant<value_int: int = 0>()
+        one = Constant<value_int: int = 1>()
+        end = Constant<value_int: int = @experts>()
+        numbers = Range(zero, end, one)
+        axes = Constant<value_ints: ints = [-1]>()
+        column = Unsqueeze(ids, axes)
+        equal = Equal(column, numbers)
+        chosen = Cast<to: int = 7>(equal)
+        first = Constant<value_ints: ints = [0]>()
+        counts = ReduceSum<keepdims: int = 0>(chosen, first)
     }""",
     **fake_quant.BODIES,
 }

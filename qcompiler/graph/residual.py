@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
+from qcompiler.graph.rules.rewriter import axes_of
 from qcompiler.graph.stream_ends import conv_behind, is_norm, is_table, width
 
 _SHAPES = ("Shape", "Size")
@@ -225,6 +226,10 @@ class _Walk:
         if node.op_type == "Concat":
             axis, rank = node.attributes["axis"].as_int(), len(node.outputs[0].shape or ())
             return None if axis in (-1, rank - 1) else tuple(range(len(node.inputs)))
+        if node.op_type == "ReduceSum":
+            axes, rank = axes_of(node), len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
+            inner = axes is not None and rank and {a % rank for a in axes} <= set(range(rank - 1))
+            return (0,) if inner and width(node.inputs[0]) == self.channels else None
         return (0,) if self._moves(node) else None
 
     def _moves(self, node: ir.Node) -> bool:

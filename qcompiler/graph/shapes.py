@@ -86,7 +86,7 @@ def _infer(node: ir.Node, facts: Facts, cache: dict[Any, Any]) -> list[Fact | No
     if any(fact is None for fact, value in zip(inputs, node.inputs, strict=True) if value is not None):
         return []
     if is_call(node):
-        return [_call_fact(node, [fact for fact in inputs if fact is not None])]
+        return _call_facts(node, [fact for fact in inputs if fact is not None])
     if node.domain not in ("", "ai.onnx") or any(a.type in _GRAPHS for a in node.attributes.values()):
         return []
     if node.op_type == "Shape" and inputs[0] is not None:
@@ -100,6 +100,15 @@ def _infer(node: ir.Node, facts: Facts, cache: dict[Any, Any]) -> list[Fact | No
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _call_facts(node: ir.Node, inputs: list[Fact]) -> list[Fact | None]:
+    """How many rows each expert gets depends on the data: here as evenly many as there can be, which is one way."""
+    if not is_call(node, "SortByExpert"):
+        return [_call_fact(node, inputs)]
+    (rows,), experts = inputs[0].shape, node.attributes["experts"].as_int()
+    order = Fact((rows,), ir.DataType.INT64)
+    return [order, order, _array_fact(np.diff(np.arange(experts + 1) * rows // experts))]
 
 
 def _call_fact(node: ir.Node, inputs: list[Fact]) -> Fact:

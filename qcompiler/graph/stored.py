@@ -82,6 +82,30 @@ def _reader(tensor: ir.TensorProtocol) -> Callable[[], Array]:
     return tensor.read if isinstance(tensor, Stored) else functools.partial(_copied, tensor)
 
 
+def item(tensor: ir.TensorProtocol, index: int, name: str | None = None) -> Stored:
+    """One matrix of a tensor [n, rows, columns] on disk, without reading it now."""
+    _, rows, columns = (int(size) for size in tensor.shape.numpy())
+    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.itemsize >= 1:
+        length = round(rows * columns * tensor.dtype.itemsize)
+        part = ir.ExternalTensor(
+            tensor.location,
+            (tensor.offset or 0) + index * length,
+            length,
+            tensor.dtype,
+            shape=ir.Shape((rows, columns)),
+            name=tensor.name,
+            base_dir=tensor.base_dir,
+        )
+        part.meta.update(tensor.meta)
+        return Stored(functools.partial(_copied, part), tensor.dtype, (rows, columns), name)
+    read = tensor.read if isinstance(tensor, Stored) else functools.partial(_copied, tensor)
+    return Stored(functools.partial(_item, read, index), tensor.dtype, (rows, columns), name)
+
+
+def _item(read: Callable[[], Array], index: int) -> Array:
+    return np.array(read()[index])
+
+
 def _transpose(read: Callable[[], Array]) -> Array:
     return read().T
 

@@ -7,13 +7,14 @@ outputs themselves, and the logits of a language model, never leave ONNX Runtime
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.core import Executable
+from qcompiler.graph.experts import has_experts
 from qcompiler.graph.run import Feeds, Runner
 from qcompiler.numerics.metrics import RowSumsMeter, SqnrMeter
 from qcompiler.report.side_by_side import ACCUMULATED, ALONE, row_sums, side_by_side
@@ -68,17 +69,23 @@ def error_meters(
     cosine: bool = False,
     outputs: bool = False,
     threads: int = 0,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[tuple[str, str], RowSumsMeter], int]:
     """As :func:`layer_errors`, of all batches as they come, with the meters themselves.
 
     Args:
         cosine: also sum what the cosine needs; without it the meters' cosine is NaN.
         outputs: also compare the model's float outputs.
+        only: names of the Linears to compare; None: every quantized one.
 
     Returns:
         Meters by (name, kind), kinds as in ``side_by_side.Pair``; and the number of samples seen.
     """
-    merged, pairs = side_by_side(float_model, quantized, outputs=outputs)
+    if outputs and only is None and has_experts(quantized):  # their Linears and the outputs ask for different experts
+        inside, seen = error_meters(float_model, quantized, batches, cosine=cosine, threads=threads)
+        ends, _ = error_meters(float_model, quantized, batches, cosine=cosine, outputs=True, threads=threads, only=())
+        return {**inside, **ends}, seen
+    merged, pairs = side_by_side(float_model, quantized, only, outputs=outputs)
     if not pairs:
         return {}, 0
     taps = row_sums(merged, pairs, cosine)

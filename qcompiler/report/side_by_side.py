@@ -44,6 +44,9 @@ def side_by_side(
     Args:
         only: names of the Linears to compare; None: every quantized one.
         outputs: compare the model's own float outputs too.
+
+    Where Linears are compared, the quantized graph's rows go to the experts that they go to in float: what another
+    expert makes of a row would be no error of rounding.
     """
     merged = float_model.clone()
     other = quantized.clone()
@@ -55,6 +58,8 @@ def side_by_side(
         for linear in _adopt(merged, other)
         if linear.weight_quant is not None and linear.name in reference and (only is None or linear.name in only)
     ]
+    if copies:
+        _same_experts(graph)
     graph.outputs.clear()
     pairs: list[Pair] = []
     fake_quants: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
@@ -180,6 +185,15 @@ def _adopt(merged: ir.Model, other: ir.Model) -> list[Linear]:
     for domain, version in other.graph.opset_imports.items():
         graph.opset_imports.setdefault(domain, version)
     return moved
+
+
+def _same_experts(graph: ir.Graph) -> None:
+    """Let the quantized graph's rows go to the experts that they go to in float."""
+    sorts = {node.name: node for node in graph if is_call(node, "SortByExpert")}
+    for name, node in sorts.items():
+        twin = sorts.get(_PREFIX + (name or ""))
+        if twin is not None:
+            twin.replace_input_with(0, node.inputs[0])
 
 
 def _alone(

@@ -15,6 +15,9 @@ from qcompiler.calibration import collect, make_observer
 from qcompiler.calibration.collect import unpadded
 from qcompiler.core import DataError, ModelError, OptionError, StatRequest
 from qcompiler.graph import run
+from qcompiler.graph.experts import projections
+from qcompiler.graph.run import Runner
+from tests import mixtures
 
 MODEL = """<ir_version: 10, opset_import: ["": 21]>
     g (float[B, S, 4] x, int64[B, S] attention_mask) => (float[B, S, 4] y)
@@ -205,3 +208,30 @@ def test_unknown_values_and_observers_are_refused(model: ir.Model) -> None:
 def test_progress_keeps_stdout_clean(model: ir.Model, capfd: pytest.CaptureFixture[str]) -> None:
     collect(model, [feeds()], [request("h")], progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_expert_is_calibrated_on_its_own_rows_that_are_no_padding() -> None:
+    model = mixtures.canonical(8, 4)
+    first, second = projections(model)
+    x = mixtures.rows(12, 8)["x"]
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])
+    feeds = {"x": x, "attention_mask": mask}
+    ids = Runner(model, [first.ids.name or ""])({"x": x})[first.ids.name].reshape(12, 2)
+    for projection in (first, second):
+        requests = [StatRequest(linear.x.name or "", "minmax", -1) for linear in projection.linears]
+        source = Runner(model, [projection.x.name or ""])({"x": x})[projection.x.name].reshape(12, 2, -1)
+        found = collect(model, [feeds], requests, progress=False)
+        for expert, request in enumerate(requests):
+            rows = source[(ids == expert) & (mask.reshape(12, 1) != 0)]
+            assert len(rows) < len(source[ids == expert]) or expert  # expert 0 is chosen by some padding
+            np.testing.assert_allclose(found[request], (rows.min(0), rows.max(0)), rtol=1e-5)
+
+
+def test_an_expert_that_no_row_chose_is_judged_by_all_rows() -> None:
+    model = mixtures.canonical(8, 4, 16, 1)
+    first, _ = projections(model)
+    x = mixtures.rows(2, 8)["x"]
+    requests = [StatRequest(linear.x.name or "", "minmax") for linear in first.linears]
+    found = collect(model, [{"x": x}], requests, progress=False)
+    everywhere = [request for request in requests if found[request] == (x.min(), x.max())]
+    assert len(everywhere) >= 14

@@ -8,8 +8,10 @@ import pytest
 from qcompiler.calibration.walk import Walk
 from qcompiler.core import DataError
 from qcompiler.graph.edit import array_of, write_input
+from qcompiler.graph.experts import projections
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import Runner
+from tests import mixtures
 from tests.passes.blocks import batches, block
 
 
@@ -42,3 +44,19 @@ def test_weights_that_change_on_the_way_count() -> None:
 def test_no_data_is_refused() -> None:
     with pytest.raises(DataError, match="is empty"):
         Walk(block(), [])
+
+
+def test_what_an_expert_reads_is_known_row_by_row() -> None:
+    model = mixtures.canonical(8, 4)
+    x = mixtures.rows(12, 8)["x"]
+    feeds = {"x": x, "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]])}
+    walk = Walk(model, [feeds], threads=1)
+    for projection in projections(model):
+        found = Runner(model, [projection.ids.name or "", projection.x.name or ""])({"x": x})
+        ids, source = found[projection.ids.name], found[projection.x.name]
+        token = np.arange(24) // 2
+        for expert, linear in enumerate(projection.linears):
+            [(rows, samples)] = walk.rows(linear.x)
+            kept = (ids == expert) & (feeds["attention_mask"].reshape(-1)[token] != 0)
+            np.testing.assert_allclose(rows, source[kept], rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(samples, token[kept] // 4)

@@ -58,7 +58,11 @@ EXPECTED: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     ),
     "mixtral": (
         "model.layers.{}.",
-        {"input_layernorm": QKV, "self_attn.v_proj": "self_attn.o_proj"},  # gathered experts: see test_mixtral
+        {
+            "input_layernorm": QKV,
+            "self_attn.v_proj": "self_attn.o_proj",
+            "post_attention_layernorm": "mlp.gate " + " ".join(f"mlp.experts.{e}.gate_up_proj" for e in range(4)),
+        },
         LLAMA_TAIL,
     ),
     "opt": (
@@ -188,10 +192,3 @@ def test_post_norm_is_listed_with_its_reason() -> None:
     blocked = [site for site in analyse(canonical("bert")) if not site.foldable]
     assert [len(site.sinks) for site in blocked] == [3, 1, 3, 1]
     assert all("does not carry the same scale" in site.blockers[0].why for site in blocked)
-
-
-def test_mixtral_experts_and_router_are_blocked_together() -> None:
-    blocked = [site for site in analyse(canonical("mixtral")) if not site.foldable]
-    assert [[sink.linear for sink in site.sinks] for site in blocked] == [
-        [f"model.model.layers.{i}.mlp.gate"] for i in range(2)
-    ]

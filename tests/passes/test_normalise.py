@@ -42,7 +42,7 @@ EXPECTED = {
     "distilbert": (12, 5, 0, 2, 0, 0, 2),
     "t5_encoder": (12, 0, 5, 0, 0, 0, 2),
     "whisper_encoder": (12, 5, 0, 4, 0, 2, 0),
-    "mixtral": (11, 0, 5, 0, 4, 0, 2),
+    "mixtral": (27, 0, 5, 0, 4, 0, 2),
 }
 
 

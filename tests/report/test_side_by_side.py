@@ -4,11 +4,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qcompiler.capability import Capability
+from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import Runner
 from qcompiler.numerics.metrics import cosine, sqnr_db
+from qcompiler.passes.annotate import Annotate
+from qcompiler.passes.base import Context
+from qcompiler.passes.insert import Insert
+from qcompiler.presets import resolve
 from qcompiler.report.errors import error_meters
 from qcompiler.report.side_by_side import ACCUMULATED, ALONE, OUTPUT, side_by_side, whole
+from tests import mixtures
 from tests.graphs_int8 import K, feeds, float_mlp, quantized_mlp
 
 
@@ -58,3 +65,24 @@ def test_cosine_is_not_summed_unless_asked_for() -> None:
     meters, _ = error_meters(float_mlp(), quantized_mlp(), [feeds()])
     assert np.isnan(meters["fc1", ACCUMULATED].cosine)
     assert meters["fc1", ACCUMULATED].mse > 0
+
+
+def test_experts_are_compared_on_the_rows_that_chose_them_in_float() -> None:
+    """A rounded router sends rows elsewhere: that shows at the outputs, and is no error of an expert's rounding."""
+    reference = mixtures.canonical(32, 48, 4, 2)
+    quantized = reference.clone()
+    context = Context(resolve("w4a16", (), {}), Capability("none", ()))
+    for item in (Annotate(), Insert()):
+        item.run(quantized, {}, context)
+    [router] = [linear for linear in linears(quantized) if linear.name == "mlp.router"]
+    weight = array_of(router.weight)
+    assert weight is not None
+    assert router.weight_quant is not None
+    write_input(router.weight_quant, 0, weight[:, ::-1].copy())  # every choice is another
+    meters, _ = error_meters(reference, quantized, [mixtures.rows(20)], outputs=True)
+    experts = [meter for (name, _), meter in meters.items() if ".gate_up_proj" in name]
+    assert len(experts) == 2 * 4
+    assert min(meter.db for meter in experts) > 15
+    want, have = (Runner(model)(mixtures.rows(20))["y"] for model in (reference, quantized))
+    assert meters["y", OUTPUT].db == pytest.approx(sqnr_db(want, have), abs=1e-3)
+    assert meters["y", OUTPUT].db < 10

@@ -11,6 +11,7 @@ from qcompiler.graph.rules.attention import raise_attentions
 from qcompiler.graph.rules.bmm import unflatten_attentions
 from qcompiler.graph.rules.constants import simplify
 from qcompiler.graph.rules.contrib import drop_unused_domains, expand_contrib
+from qcompiler.graph.rules.experts import raise_experts
 from qcompiler.graph.rules.gelu import raise_gelus
 from qcompiler.graph.rules.linear import raise_linears
 from qcompiler.graph.rules.naming import name_linears, record_parameters
@@ -24,6 +25,7 @@ from qcompiler.graph.rules.widened import widen_weights
 _FAMILIES = (
     widen_weights,
     raise_splits,
+    raise_experts,
     raise_linears,
     simplify,  # Reshapes behind Linears that kept their rank
     raise_norms,

@@ -13,10 +13,11 @@ import re
 import onnx_ir as ir
 
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.rules.rewriter import PARAMETER, Rewriter
+from qcompiler.graph.rules.rewriter import MAP, PARAMETER, Rewriter
 
 _LOST = re.compile(r"onnx::|val_\d|const|_?\d+$|/|.*_output_\d", re.IGNORECASE)
 _WEIGHT = re.compile(r"[._]weight$")
+_EXPERT = re.compile(r"item:(\d+)")
 _SUFFIX = re.compile(r"(_\d+)?$")
 
 
@@ -52,11 +53,20 @@ def record_parameters(model: ir.Model) -> None:
 def _name(linear: Linear, sharing: dict[ir.Value, int]) -> str:
     weight = linear.weight.metadata_props.get(PARAMETER) or linear.weight.name or ""
     if not _LOST.match(weight):
-        return _WEIGHT.sub("", weight)
+        return _of_expert(_WEIGHT.sub("", weight), linear.weight.metadata_props.get(MAP, ""))
     bias = linear.bias.name if linear.bias is not None and sharing[linear.bias] == 1 else None
     if bias and bias.endswith(".bias") and not _LOST.match(bias):
         return bias.removesuffix(".bias")
     return _scope(linear.matmul) or _path(linear.matmul) or linear.output.name or "linear"
+
+
+def _of_expert(name: str, maps: str) -> str:
+    """ "experts.gate_up_proj" as "experts.3.gate_up_proj", where the weight is one of a parameter's matrices."""
+    expert = _EXPERT.match(maps)
+    if expert is None:
+        return name
+    parent, dot, own = name.rpartition(".")
+    return f"{parent}{dot}{expert[1]}.{own}"
 
 
 def _scope(node: ir.Node) -> str | None:

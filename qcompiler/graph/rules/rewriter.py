@@ -17,7 +17,7 @@ PARAMETER = "qcompiler.parameter"
 """Metadata key of an initializer: the name its parameter had in the model that came in."""
 MAP = "qcompiler.map"
 """Metadata key of an initializer: what turns the parameter into it, a comma list of ``transpose``, ``one_plus``,
-``scale:factor`` and ``slice:axis:start:stop``."""
+``scale:factor``, ``slice:axis:start:stop`` and ``item:index`` (one of the matrices along the first of three axes)."""
 TIED = "qcompiler.tied"
 """Metadata key of a Linear's weight: the name of the embedding initializer it is a copy of."""
 

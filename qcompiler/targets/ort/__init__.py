@@ -22,6 +22,7 @@ from qcompiler.targets.ort.embeddings import lower_embeddings
 from qcompiler.targets.ort.linears import lower_linears
 from qcompiler.targets.ort.nbits import lower_blocks
 from qcompiler.targets.ort.norms import keep_additions_apart, lower_rms_norms
+from qcompiler.targets.ort.qmoe import lower_experts
 from qcompiler.targets.ort.readback import integer_coverage
 from qcompiler.targets.ort.storage import lower_storage
 
@@ -57,14 +58,15 @@ class OrtCpu(Target):
         costs = load_costs()
         facts = concrete_shapes(model)
         notes = [*lower_attention(model, facts), *lower_rms_norms(model, facts)]
+        experts, expert_notes = lower_experts(model)
         blocks, block_notes = lower_blocks(model)
         tables, table_notes = lower_codebooks(model)
         notes += [*lower_embeddings(model), *lower_storage(model)]
         nodes, linear_notes = lower_linears(
             model, lambda granularity, k, n: costs.fastest(granularity, self.rows, k, n)
         )
-        nodes = {**blocks, **tables, **nodes}
-        notes += [*block_notes, *table_notes, *linear_notes]
+        nodes = {**experts, **blocks, **tables, **nodes}
+        notes += [*expert_notes, *block_notes, *table_notes, *linear_notes]
         remove_dead(model)
         inline_functions(model)
         notes += keep_additions_apart(model)

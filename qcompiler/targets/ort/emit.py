@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,7 +32,7 @@ def contrib_instead(
     nodes: Sequence[ir.Node],
     op_type: str,
     inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, int],
+    attributes: Mapping[str, Any],
     name: str,
 ) -> ir.Node:
     """One operator of ONNX Runtime's own in the place of ``nodes``; inputs that are None at the end are left out."""

@@ -18,8 +18,8 @@ INTEGER_KERNELS = frozenset(
 
 
 def is_integer(node: onnx.NodeProto) -> bool:
-    """Whether this node multiplies in integers; MatMulNBits does so at accuracy level 4 only."""
-    if node.op_type == "MatMulNBits":
+    """Whether this node multiplies in integers; MatMulNBits and QMoE do so at accuracy level 4 only."""
+    if node.op_type in ("MatMulNBits", "QMoE"):
         return any(a.name == "accuracy_level" and a.i == 4 for a in node.attribute)
     return node.op_type in INTEGER_KERNELS
 

@@ -83,6 +83,11 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def sort_by_expert(ids: Tensor, experts: int) -> Sequence[Tensor]:
+    order = torch.argsort(ids, stable=True)
+    return order, torch.argsort(order), torch.bincount(ids, minlength=experts)
+
+
 NN: Mapping[str, Callable[..., Any]] = {
     "Conv": convolution,
     "Gelu": gelu,
@@ -101,5 +106,6 @@ LOCAL: Mapping[str, Callable[..., Any]] = {
     "MaskedAttention": masked_attention,
     "RMSNorm": rms_norm,
     "RotaryEmbedding": rotary_embedding,
+    "SortByExpert": sort_by_expert,
 }
 """Of our own domain; ``graph/functions.py`` says what each computes."""

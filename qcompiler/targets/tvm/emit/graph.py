@@ -12,6 +12,7 @@ from tvm import relax
 from qcompiler.core import Note, TargetError
 from qcompiler.graph.edit import array_of, users
 from qcompiler.graph.embedding import as_embedding, folded_rows
+from qcompiler.graph.experts import has_experts, on_all_rows
 from qcompiler.graph.functions import FAKE_QUANT, is_call
 from qcompiler.graph.linear import linears
 from qcompiler.graph.shapes import concrete_shapes
@@ -31,7 +32,7 @@ TYPES = ("float32", "int64", "int32", "bool", "int8", "uint8")
 
 
 def emit(model: ir.Model, isa: Isa, tune: bool = False) -> Emitted:
-    """Emit a folded canonical graph; the model is not changed.
+    """Emit a folded canonical graph; the model is not changed. Experts compute all rows: sizes are known before a run.
 
     Args:
         model: the graph.
@@ -41,6 +42,9 @@ def emit(model: ir.Model, isa: Isa, tune: bool = False) -> Emitted:
     Raises:
         TargetError: a node that is not understood, or whose sizes are not known.
     """
+    if has_experts(model):
+        model = model.clone()
+        on_all_rows(model)
     weights = [array_of(linear.weight) for linear in linears(model) if products.refusal(linear) is None]
     if weights and all(weight is not None and fits_maddubs(weight) for weight in weights):
         isa = with_narrow_weights(isa)
