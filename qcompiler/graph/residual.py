@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.rules.rewriter import axes_of
+from qcompiler.graph.rules.patterns import axes_of
 from qcompiler.graph.stream_ends import conv_behind, is_norm, is_table, width
 
 _SHAPES = ("Shape", "Size")

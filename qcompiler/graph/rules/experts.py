@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from qcompiler.core import DOMAIN
 from qcompiler.graph.edit import sole_user
-from qcompiler.graph.rules.rewriter import PARAMETER, Rewriter, axes_of, dims, made_by, rank
+from qcompiler.graph.rules.patterns import axes_of, dims, made_by, rank
+from qcompiler.graph.rules.rewriter import PARAMETER, Rewriter
 from qcompiler.graph.stored import item, on_disk, transposed
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import sole_user, users
 from qcompiler.graph.experts import Projection
-from qcompiler.graph.rules.rewriter import axes_of, dims, last_dim, made_by, rank
+from qcompiler.graph.rules.patterns import axes_of, dims, last_dim, made_by, rank
 
 _ACTIVATION = "QMoE wants silu(gate) * up between the experts' two projections"
 _ROWS = "QMoE wants each row as often as experts are chosen for it"

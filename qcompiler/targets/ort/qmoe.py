@@ -23,7 +23,7 @@ from qcompiler.graph.edit import add_initializer, insert_node, remove_dead
 from qcompiler.graph.experts import Projection, projections
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear
-from qcompiler.graph.rules.rewriter import last_dim
+from qcompiler.graph.rules.patterns import last_dim
 from qcompiler.numerics.packing import pack, pack_weight
 from qcompiler.targets.ort.emit import contrib_instead
 from qcompiler.targets.ort.mixtures import Mixture, Unfit, mixture_of
