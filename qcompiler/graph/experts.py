@@ -108,6 +108,14 @@ def _pieces(sort: ir.Node) -> list[ir.Value]:
     return []
 
 
+def choose_alike(graph: ir.Graph, prefix: str) -> None:
+    """Let the rows of nodes whose names have the prefix go to the experts that the same nodes without it choose."""
+    sorts = {node.name or "": node for node in graph if is_call(node, "SortByExpert")}
+    for name, node in sorts.items():
+        if (twin := sorts.get(prefix + name)) is not None:
+            twin.replace_input_with(0, node.inputs[0])
+
+
 def on_all_rows(model: ir.Model) -> None:
     """Let every expert compute every row, and pick of each row what its expert makes of it: then no shape depends on
     the data, and the work is that of all experts."""

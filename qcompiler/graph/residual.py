@@ -226,10 +226,11 @@ class _Walk:
         if node.op_type == "Concat":
             axis, rank = node.attributes["axis"].as_int(), len(node.outputs[0].shape or ())
             return None if axis in (-1, rank - 1) else tuple(range(len(node.inputs)))
-        if node.op_type == "ReduceSum":
-            axes, rank = axes_of(node), len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
-            inner = axes is not None and rank and {a % rank for a in axes} <= set(range(rank - 1))
-            return (0,) if inner and width(node.inputs[0]) == self.channels else None
+        if node.op_type == "ReduceSum":  # over positions
+            axes, rank = axes_of(node) or [-1], len(node.inputs[0].shape or (1,)) if node.inputs[0] is not None else 1
+            return (
+                (0,) if width(node.inputs[0]) == self.channels and -1 % rank not in {a % rank for a in axes} else None
+            )
         return (0,) if self._moves(node) else None
 
     def _moves(self, node: ir.Node) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
+from qcompiler.graph.experts import choose_alike
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.weights import codebook_of, folded_grid
@@ -45,8 +46,8 @@ def side_by_side(
         only: names of the Linears to compare; None: every quantized one.
         outputs: compare the model's own float outputs too.
 
-    Where Linears are compared, the quantized graph's rows go to the experts that they go to in float: what another
-    expert makes of a row would be no error of rounding.
+    Where Linears are, the quantized graph's rows go to the experts that they go to in float: what another expert makes
+    of a row is no error of rounding.
     """
     merged = float_model.clone()
     other = quantized.clone()
@@ -59,7 +60,7 @@ def side_by_side(
         if linear.weight_quant is not None and linear.name in reference and (only is None or linear.name in only)
     ]
     if copies:
-        _same_experts(graph)
+        choose_alike(graph, _PREFIX)
     graph.outputs.clear()
     pairs: list[Pair] = []
     fake_quants: dict[tuple[ir.Node, ir.Value], ir.Value] = {}
@@ -185,15 +186,6 @@ def _adopt(merged: ir.Model, other: ir.Model) -> list[Linear]:
     for domain, version in other.graph.opset_imports.items():
         graph.opset_imports.setdefault(domain, version)
     return moved
-
-
-def _same_experts(graph: ir.Graph) -> None:
-    """Let the quantized graph's rows go to the experts that they go to in float."""
-    sorts = {node.name: node for node in graph if is_call(node, "SortByExpert")}
-    for name, node in sorts.items():
-        twin = sorts.get(_PREFIX + (name or ""))
-        if twin is not None:
-            twin.replace_input_with(0, node.inputs[0])
 
 
 def _alone(
