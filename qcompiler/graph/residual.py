@@ -15,8 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.rules.patterns import axes_of
-from qcompiler.graph.stream_ends import conv_behind, is_norm, is_table, width
+from qcompiler.graph.stream_ends import adds_positions, conv_behind, is_norm, is_table, width
 
 _SHAPES = ("Shape", "Size")
 _MOVES = ("Identity", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand")
@@ -226,12 +225,7 @@ class _Walk:
         if node.op_type == "Concat":
             axis, rank = node.attributes["axis"].as_int(), len(node.outputs[0].shape or ())
             return None if axis in (-1, rank - 1) else tuple(range(len(node.inputs)))
-        if node.op_type == "ReduceSum":  # over positions
-            axes, rank = axes_of(node) or [-1], len(node.inputs[0].shape or (1,)) if node.inputs[0] is not None else 1
-            return (
-                (0,) if width(node.inputs[0]) == self.channels and -1 % rank not in {a % rank for a in axes} else None
-            )
-        return (0,) if self._moves(node) else None
+        return (0,) if self._moves(node) or (adds_positions(node) and width(node.inputs[0]) == self.channels) else None
 
     def _moves(self, node: ir.Node) -> bool:
         """Whether the node moves or picks positions and leaves the channels, on the last axis, alone."""

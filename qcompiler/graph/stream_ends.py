@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of, sole_user
 from qcompiler.graph.functions import is_call
+from qcompiler.graph.rules.patterns import axes_of
 
 
 def norm_parts(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None, float]:
@@ -75,3 +76,10 @@ def width(value: ir.Value | None) -> int | None:
         return 0
     last = value.shape[-1]
     return last if isinstance(last, int) else None
+
+
+def adds_positions(node: ir.Node) -> bool:
+    """Whether the node adds up over axes other than the last, the channels."""
+    rank = len(node.inputs[0].shape or ()) if node.op_type == "ReduceSum" and node.inputs[0] is not None else 0
+    axes = axes_of(node) if rank else None
+    return axes is not None and not {-1, rank - 1} & set(axes)

@@ -46,8 +46,7 @@ def side_by_side(
         only: names of the Linears to compare; None: every quantized one.
         outputs: compare the model's own float outputs too.
 
-    Where Linears are, the quantized graph's rows go to the experts that they go to in float: what another expert makes
-    of a row is no error of rounding.
+    Where Linears are, rows go to the experts of the float graph: another expert's result is no error of rounding.
     """
     merged = float_model.clone()
     other = quantized.clone()
