@@ -86,8 +86,8 @@ class FoldPlan:
     ``W' = scale[:, None] * W``, ``b' = b + shift @ W`` on the sinks' side.
 
     Attributes:
-        kind: "fold" (the source's weights absorb it), "insert" (ops before the sinks do) or "rotate" (``x' = x Q``:
-            the weights on both sides absorb an orthogonal matrix).
+        kind: "fold" (the source's weights absorb it), "insert" (ops before the sinks do), "rotate" (``x' = x Q``: the
+            weights on both sides absorb an orthogonal matrix) or "reorder" (``x' = x[order]``: they are permuted).
         source: name of the node that absorbs 1/scale, or of the value where ops were inserted.
         sinks: names of the Linears that absorb scale, or whose weights are rotated.
         scale: float32 [channels] of the source, or None.
@@ -96,6 +96,7 @@ class FoldPlan:
         why: what the transform chose here, and what it gained.
         rotation: what makes Q: float32 [n], the signs of the rows of ``numerics.hadamard.hadamard(n)`` / sqrt(n), or
             [n, n], itself; or None.
+        order: int32 [channels], or None.
     """
 
     kind: str
@@ -106,6 +107,7 @@ class FoldPlan:
     proof: float = float("nan")
     why: str = ""
     rotation: npt.NDArray[np.float32] | None = None
+    order: npt.NDArray[np.int32] | None = None
 
 
 class Executable(Protocol):

@@ -15,10 +15,9 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.stream_ends import adds_positions, conv_behind, is_norm, is_table, width
+from qcompiler.graph.stream_ends import adds_positions, conv_behind, is_norm, is_table, moves, width
 
 _SHAPES = ("Shape", "Size")
-_MOVES = ("Identity", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,7 +205,7 @@ class _Walk:
                     continue
                 if linear is not None and slot == 0 and linear.weight_quant is None:
                     found.append(linear)
-                elif reader.graph is self.graph and slot == 0 and self._moves(reader):
+                elif reader.graph is self.graph and slot == 0 and moves(reader, self.channels):
                     pending.append(reader.outputs[0])
                 else:
                     bridges[value] = None
@@ -225,23 +224,8 @@ class _Walk:
         if node.op_type == "Concat":
             axis, rank = node.attributes["axis"].as_int(), len(node.outputs[0].shape or ())
             return None if axis in (-1, rank - 1) else tuple(range(len(node.inputs)))
-        return (0,) if self._moves(node) or (adds_positions(node) and width(node.inputs[0]) == self.channels) else None
-
-    def _moves(self, node: ir.Node) -> bool:
-        """Whether the node moves or picks positions and leaves the channels, on the last axis, alone."""
-        if node.domain != "" or node.op_type not in _MOVES:
-            return False
-        x, y = node.inputs[0], node.outputs[0]
-        if x is None or x.shape is None or y.shape is None or width(x) != self.channels or width(y) != self.channels:
-            return False
-        rank = len(x.shape)
-        if node.op_type == "Transpose":
-            perm = node.attributes.get("perm")
-            return perm is not None and perm.as_ints()[-1] == rank - 1
-        if node.op_type == "Gather":
-            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-            return axis not in (-1, rank - 1)
-        if node.op_type == "Slice":
-            axes = array_of(node.inputs[3]) if len(node.inputs) > 3 else None
-            return axes is not None and not {-1, rank - 1} & set(axes.tolist())
-        return True  # Reshape too: where the last axis keeps its size, rows stay rows
+        return (
+            (0,)
+            if moves(node, self.channels) or (adds_positions(node) and width(node.inputs[0]) == self.channels)
+            else None
+        )

@@ -8,6 +8,8 @@ from qcompiler.graph.edit import array_of, sole_user
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.rules.patterns import axes_of
 
+_MOVES = ("Identity", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand")
+
 
 def norm_parts(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None, float]:
     """Weight, bias and epsilon of a norm."""
@@ -83,3 +85,23 @@ def adds_positions(node: ir.Node) -> bool:
     rank = len(node.inputs[0].shape or ()) if node.op_type == "ReduceSum" and node.inputs[0] is not None else 0
     axes = axes_of(node) if rank else None
     return axes is not None and not {-1, rank - 1} & set(axes)
+
+
+def moves(node: ir.Node, channels: int) -> bool:
+    """Whether the node moves or picks positions and leaves the channels, on the last axis, alone."""
+    if node.domain != "" or node.op_type not in _MOVES:
+        return False
+    x, y = node.inputs[0], node.outputs[0]
+    if x is None or x.shape is None or y.shape is None or width(x) != channels or width(y) != channels:
+        return False
+    rank = len(x.shape)
+    if node.op_type == "Transpose":
+        perm = node.attributes.get("perm")
+        return perm is not None and perm.as_ints()[-1] == rank - 1
+    if node.op_type == "Gather":
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        return axis not in (-1, rank - 1)
+    if node.op_type == "Slice":
+        axes = array_of(node.inputs[3]) if len(node.inputs) > 3 else None
+        return axes is not None and not {-1, rank - 1} & set(axes.tolist())
+    return True  # Reshape too: where the last axis keeps its size, rows stay rows

@@ -56,10 +56,10 @@ def region_outputs(model: ir.Model, boundary: Mapping[str, Fact], linears: Seque
     nodes = {node.name: node for node in model.graph if node.name in set(linears)}
     wanted = {name: nodes[name].inputs[0] for name in linears}
     region, constants = _closure(model.graph, [value for value in wanted.values() if value is not None], boundary)
-    feeds = {name: _fill(name, fact, seed) for name, fact in boundary.items()}
+    feeds = {name: fill(name, fact, seed) for name, fact in boundary.items()}
     feeds.update({name: _double(array) for name, array in constants.items()})
     names = {name: value.name or "" for name, value in wanted.items() if value is not None}
-    activations = _evaluate(model, region, feeds, sorted(set(names.values())))
+    activations = evaluate(model, region, feeds, sorted(set(names.values())))
     return {name: _apply(nodes[name], activations[names[name]], seed) for name in linears}
 
 
@@ -84,7 +84,7 @@ def _closure(graph: ir.Graph, ends: list[ir.Value], boundary: Mapping[str, Fact]
     return [node for node in graph if node in inside], constants
 
 
-def _fill(name: str, fact: Fact, seed: int) -> npt.NDArray[Any]:
+def fill(name: str, fact: Fact, seed: int) -> npt.NDArray[Any]:
     if fact.numbers is not None:
         return _double(fact.numbers)
     rng = np.random.default_rng([seed, *name.encode()])
@@ -100,7 +100,7 @@ def _double(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.astype(np.float64) if floating else array
 
 
-def _evaluate(model: ir.Model, region: list[ir.Node], feeds: Arrays, outputs: list[str]) -> Arrays:
+def evaluate(model: ir.Model, region: list[ir.Node], feeds: Arrays, outputs: list[str]) -> Arrays:
     empty = onnx.helper.make_empty_tensor_value_info
     graph = onnx.helper.make_graph(
         [_in_double(ir.to_proto(node)) for node in region],

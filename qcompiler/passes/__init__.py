@@ -8,6 +8,7 @@ from qcompiler.spelling import build_from_table, parse_spelling
 PASSES = {
     "normalise": "qcompiler.passes.normalise:Normalise",
     "rotate": "qcompiler.passes.rotate:Rotate",
+    "reorder": "qcompiler.passes.reorder:Reorder",
     "equalize": "qcompiler.passes.equalize:Equalize",
     "split": "qcompiler.passes.split:Split",
     "smooth": "qcompiler.passes.smooth:Smooth",

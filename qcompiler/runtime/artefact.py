@@ -126,15 +126,18 @@ def check_sizes(folder: Path, recorded: dict[str, int]) -> None:
             )
 
 
+_TENSORS = ("scale", "shift", "rotation", "order")
+
+
 def save_plans(plans: Sequence[FoldPlan], path: Path) -> None:
-    """Scales, shifts and rotations as tensors ``<number>.scale`` and so on; the rest as JSON in the header."""
+    """Scales, shifts, rotations and orders as tensors ``<number>.scale`` and so on; the rest as JSON in the header."""
     arrays: dict[str, np.ndarray] = {}
     described = []
     for number, plan in enumerate(plans):
         texts = {"kind": plan.kind, "source": plan.source, "sinks": plan.sinks, "why": plan.why}
         described.append({**texts, "proof": repr(plan.proof)})
-        for name, array in (("scale", plan.scale), ("shift", plan.shift), ("rotation", plan.rotation)):
-            if array is not None:
+        for name in _TENSORS:
+            if (array := getattr(plan, name)) is not None:
                 arrays[f"{number}.{name}"] = np.ascontiguousarray(array)
     # Not save_file: it would make the file readable by its owner only.
     path.write_bytes(save(arrays, metadata={"plans": json.dumps(described)}))
@@ -155,11 +158,9 @@ def load_plans(path: Path) -> tuple[FoldPlan, ...]:
                 kind=plan["kind"],
                 source=plan["source"],
                 sinks=tuple(plan["sinks"]),
-                scale=arrays.get(f"{number}.scale"),
-                shift=arrays.get(f"{number}.shift"),
                 proof=float(plan["proof"]),
                 why=plan["why"],
-                rotation=arrays.get(f"{number}.rotation"),
+                **{name: arrays.get(f"{number}.{name}") for name in _TENSORS},
             )
             for number, plan in enumerate(described)
         )

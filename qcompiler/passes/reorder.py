@@ -1,0 +1,108 @@
+"""reorder: permute channels so that weights of like magnitude share a group's scale, for nothing at run time.
+
+The hidden units between two Linears may stand in any order, and so may the channels of a residual stream: the weights
+on both sides are permuted (``graph/basis.py`` finds them). Only scales by group along a weight's inputs notice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.core import FoldPlan, Note, StatRequest
+from qcompiler.graph.basis import Basis, find_bases
+from qcompiler.graph.edit import array_of
+from qcompiler.graph.linear import Linear
+from qcompiler.graph.reorder import reorder_basis
+from qcompiler.graph.shapes import concrete_shapes
+from qcompiler.graph.transaction import FoldError
+from qcompiler.numerics.ordering import Reading, best_order, residual_variance
+from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.judging import quantized, rows_request, sampled_outputs
+from qcompiler.scheme import Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Reorder(Pass):
+    """Order channels where the scheme's weights have scales by group; runs before all else that looks at channels.
+
+    Attributes:
+        outputs: order channels that outputs of the model show as well; a Gather at each of these restores the order.
+        gain: the expected squared error must fall by this factor at least.
+        rows: calibration rows from which it is known what an error counts; without data all inputs count alike.
+        features: output features of a weight that are looked at.
+    """
+
+    name: ClassVar[str] = "reorder"
+    float_exact: ClassVar[bool] = True
+    outputs: bool = True
+    gain: float = 1.01
+    rows: int = 2048
+    features: int = 512
+
+    def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
+        if ctx.data is None:
+            return []
+        grouped = _in_groups(model, ctx.scheme)
+        read = [grouped[node] for basis in self._bases(model, ctx) for node in basis.readers if node in grouped]
+        return list(dict.fromkeys(rows_request(linear.x, self.rows) for linear in read))
+
+    def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
+        grouped = _in_groups(model, ctx.scheme)
+        if not grouped:
+            return PassResult(False, (Note(self.name, "nothing ordered", "no weight has scales by group of inputs"),))
+        notes: list[Note] = []
+        plans: list[FoldPlan] = []
+        facts = None
+        for basis in self._bases(model, ctx):
+            readings = self._readings([grouped[node] for node in basis.readers if node in grouped], stats, ctx)
+            if not readings:
+                continue
+            name, order, left = best_order(readings)
+            told = f"{name}: weighted squared error {left:.2f} of that as given"
+            if not left * self.gain < 1:
+                notes.append(Note(basis.name, "channels not ordered", f"no gain worth it: {told}"))
+                continue
+            facts = facts or concrete_shapes(model)
+            try:
+                plan = reorder_basis(model, basis, order, facts, seed=ctx.seed)
+            except FoldError as error:
+                notes.append(Note(basis.name, "channels not ordered", str(error)))
+                continue
+            plans.append(dataclasses.replace(plan, why=told))
+            notes.append(Note(basis.name, f"{basis.channels} channels ordered", told))
+        return PassResult(bool(plans), tuple(notes), tuple(plans))
+
+    def _bases(self, model: ir.Model, ctx: Context) -> list[Basis]:
+        shown = self.outputs and not ctx.capability.fixed_graph
+        return [basis for basis in find_bases(model) if not basis.refused and (shown or not basis.outputs)]
+
+    def _readings(self, readers: list[Linear], stats: Stats, ctx: Context) -> list[Reading]:
+        counts: dict[ir.Value, np.ndarray] = {}
+        readings = []
+        for linear in readers:
+            if linear.x not in counts:
+                counts[linear.x] = np.ones(linear.in_features)
+                if ctx.data is not None:
+                    counts[linear.x] = residual_variance(stats[rows_request(linear.x, self.rows)].rows)
+            weight = array_of(linear.weight)
+            assert weight is not None
+            if linear.out_features > self.features:
+                weight = sampled_outputs(weight, self.features, ctx.seed)
+            readings.append(
+                Reading(np.asarray(weight, np.float32), counts[linear.x], ctx.scheme.weight_of(linear.name))
+            )
+        return readings
+
+
+def _in_groups(model: ir.Model, scheme: Scheme) -> dict[ir.Node, Linear]:
+    """The Linears whose weights get more than one group, by their MatMul."""
+    found = {}
+    for linear in quantized(model, scheme):
+        size = scheme.weight_of(linear.name).group_size
+        if size is not None and size < linear.in_features:
+            found[linear.matmul] = linear
+    return found
