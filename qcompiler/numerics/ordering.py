@@ -39,16 +39,20 @@ class Reading:
     counts: npt.NDArray[np.float64]
     spec: TensorSpec
 
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """What an error of each input counts, relative to the size of the output that the same counts give, [in]."""
+        size = self.counts @ np.square(self.weight, dtype=np.float64).sum(1)
+        return self.counts / size if size else np.zeros(len(self.counts))
+
     def error(self, order: npt.NDArray[np.int64]) -> float:
-        """Σ over groups of scale² · counts, up to a factor the squared error, relative to the weight's size."""
-        weight, counts = self.weight[order], self.counts[order]
-        scale = weight_grid(weight, self.spec).scale
+        """Σ over groups of scale² · shares, up to a factor the squared error relative to the output."""
+        scale = weight_grid(self.weight[order], self.spec).scale
         assert scale is not None
         assert self.spec.group_size is not None
         steps = np.square(scale, dtype=np.float64).reshape(len(scale), -1).sum(1)
-        size = counts @ np.square(weight, dtype=np.float64).sum(1)
-        starts = np.arange(0, len(weight), self.spec.group_size)
-        return float(steps @ np.add.reduceat(counts, starts) / size) if size else 0.0
+        starts = np.arange(0, len(order), self.spec.group_size)
+        return float(steps @ np.add.reduceat(self.shares[order], starts))
 
 
 def residual_variance(rows: Array) -> npt.NDArray[np.float64]:
@@ -80,11 +84,14 @@ def orders(readings: Sequence[Reading]) -> Iterator[tuple[str, npt.NDArray[np.in
         yield f"by norm / count^{exponent:g}", np.argsort(by, kind="stable")
 
 
-def best_order(readings: Sequence[Reading]) -> tuple[str, npt.NDArray[np.int64], float]:
-    """The candidate of least error, summed over the readings, and the part of the error as given that it leaves."""
-    found = [(sum(each.error(order) for each in readings), name, order) for name, order in orders(readings)]
-    error, name, order = min(found, key=lambda candidate: candidate[0])
-    return name, order, error / found[0][0] if found[0][0] else 1.0
+def error_of(readings: Sequence[Reading], order: npt.NDArray[np.int64]) -> float:
+    """The error of an order, summed over the readings."""
+    return sum(each.error(order) for each in readings)
+
+
+def best_order(readings: Sequence[Reading]) -> tuple[str, npt.NDArray[np.int64]]:
+    """The candidate of least error, and what it is called."""
+    return min(orders(readings), key=lambda candidate: error_of(readings, candidate[1]))
 
 
 def _shares(values: Array) -> Array:

@@ -19,7 +19,8 @@ from qcompiler.graph.linear import Linear
 from qcompiler.graph.reorder import reorder_basis
 from qcompiler.graph.shapes import concrete_shapes
 from qcompiler.graph.transaction import FoldError
-from qcompiler.numerics.ordering import Reading, best_order, residual_variance
+from qcompiler.numerics.group_swaps import swapped
+from qcompiler.numerics.ordering import Reading, best_order, error_of, residual_variance
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.judging import quantized, rows_request, sampled_outputs
 from qcompiler.scheme import Scheme
@@ -31,6 +32,7 @@ class Reorder(Pass):
 
     Attributes:
         outputs: order channels that outputs of the model show as well; a Gather at each of these restores the order.
+        sweeps: how often each two neighbouring groups are looked at to exchange channels; 0: channels are sorted only.
         gain: the expected squared error must fall by this factor at least.
         rows: calibration rows from which it is known what an error counts; without data all inputs count alike.
         features: output features of a weight that are looked at.
@@ -39,6 +41,7 @@ class Reorder(Pass):
     name: ClassVar[str] = "reorder"
     float_exact: ClassVar[bool] = True
     outputs: bool = True
+    sweeps: int = 3
     gain: float = 1.01
     rows: int = 2048
     features: int = 512
@@ -61,8 +64,11 @@ class Reorder(Pass):
             readings = self._readings([grouped[node] for node in basis.readers if node in grouped], stats, ctx)
             if not readings:
                 continue
-            name, order, left = best_order(readings)
-            told = f"{name}: weighted squared error {left:.2f} of that as given"
+            name, order = best_order(readings)
+            if self.sweeps:
+                order = swapped(readings, order, self.sweeps)
+            left = error_of(readings, order) / (error_of(readings, np.arange(basis.channels)) or 1.0)
+            told = f"{name}: squared error of about {left:.2f} of that as given"
             if not left * self.gain < 1:
                 notes.append(Note(basis.name, "channels not ordered", f"no gain worth it: {told}"))
                 continue

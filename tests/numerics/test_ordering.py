@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qcompiler.numerics.gptq import gptq
 from qcompiler.numerics.grids import weight_grid
-from qcompiler.numerics.ordering import Reading, best_order, orders, residual_variance
+from qcompiler.numerics.group_swaps import swapped
+from qcompiler.numerics.ordering import Reading, best_order, error_of, orders, residual_variance
 from qcompiler.scheme import TensorSpec
 
 GROUP = 8
@@ -36,11 +37,12 @@ def test_the_best_order_is_an_order_and_no_worse_than_none(
     seed: int, inputs: int, spec: TensorSpec, count: int
 ) -> None:
     readings = [reading(seed + i, inputs, spec) for i in range(count)]
-    _, order, left = best_order(readings)
+    _, order = best_order(readings)
     assert sorted(order) == list(range(inputs))
-    assert left <= 1
-    errors = [sum(each.error(o) for each in readings) for o in (np.arange(inputs), order)]
-    assert errors[1] == pytest.approx(left * errors[0])
+    given_, sorted_, after = (error_of(readings, o) for o in (np.arange(inputs), order, swapped(readings, order)))
+    assert sorted(swapped(readings, order)) == list(range(inputs))
+    assert after <= sorted_ * (1 + 1e-6)
+    assert sorted_ <= given_
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,5 +73,18 @@ def test_it_foretells_what_gptq_gains() -> None:
     as_given, *candidates = [(one.error(order), solved(order)) for _, order in orders([one])]
     for expected, found in candidates:
         assert 10 * np.log10(found / as_given[1]) == pytest.approx(10 * np.log10(expected / as_given[0]), rel=0.2)
-    _, order, _ = best_order([one])
-    assert solved(order) < 0.8 * as_given[1]
+    _, order = best_order([one])
+    better = swapped([one], order)
+    assert 10 * np.log10(one.error(better) / one.error(order)) < -0.1
+    assert solved(better) < solved(order) < 0.8 * as_given[1]
+
+
+def test_swaps_find_what_no_number_sorts() -> None:
+    """Inputs of equal norm, each loud to the first half of the outputs or to the second, dealt at random."""
+    kind = np.random.default_rng(0).permutation(np.repeat([0, 1], 2 * GROUP))
+    loud = np.array([[8.0] * 12 + [1.0] * 12, [1.0] * 12 + [8.0] * 12])
+    weight = loud[kind] * np.random.default_rng(1).choice([-1, 1], (4 * GROUP, 24))
+    one = Reading(weight.astype(np.float32), np.ones(4 * GROUP), SPECS[1])
+    order = swapped([one], np.arange(4 * GROUP), sweeps=10)
+    assert all(len(set(group)) == 1 for group in kind[order].reshape(-1, GROUP))
+    assert one.error(order) < 0.6 * one.error(np.arange(4 * GROUP))
