@@ -21,7 +21,7 @@ from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.run import Runner, session_options
 from qcompiler.passes import PASSES
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
-from qcompiler.presets import PRESETS
+from qcompiler.presets import PRESETS, resolve
 from qcompiler.quantize import default_passes
 from tests import families
 from tests.passes.blocks import HELD_OUT, batches, block, error
@@ -262,8 +262,9 @@ def test_seconds_of_every_stage_are_told() -> None:
 
 def test_few_bits_with_data_are_clipped_and_rounded_by_gptq() -> None:
     quantize = "annotate,insert,clip_weights,gptq,fold"
-    for name, before in (("w4a16", ""), ("w4a8", "split,adaptive,"), ("w2a16", "")):
-        assert default_passes(PRESETS[name], calibrated=True) == f"{before}{quantize}"
-        assert default_passes(PRESETS[name], calibrated=False) == "annotate,insert,fold"
+    befores = {"w4a16": "reorder,", "w4a8": "reorder,split,adaptive,", "w2a16": "reorder,"}
+    for name, before in {**befores, "w4a16{group_size=none}": ""}.items():
+        assert default_passes(resolve(name), calibrated=True) == f"{before}{quantize}"
+        assert default_passes(resolve(name), calibrated=False) == "annotate,insert,fold"
     assert "gptq" not in default_passes(PRESETS["nf4"], calibrated=True)
     assert "gptq" not in default_passes(PRESETS["w8a8"], calibrated=True)

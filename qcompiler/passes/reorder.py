@@ -83,8 +83,12 @@ class Reorder(Pass):
         return PassResult(bool(plans), tuple(notes), tuple(plans))
 
     def _bases(self, model: ir.Model, ctx: Context) -> list[Basis]:
-        shown = self.outputs and not ctx.capability.fixed_graph
-        return [basis for basis in find_bases(model) if not basis.refused and (shown or not basis.outputs)]
+        """Those that may be ordered. Where the source's own parameters are all there can be, hidden units alone: their
+        Linears are parameters, and what a stream is made of may be none."""
+        free = [basis for basis in find_bases(model) if not basis.refused]
+        if ctx.capability.fixed_graph:
+            return [basis for basis in free if not basis.outputs and _of_linears(basis)]
+        return [basis for basis in free if self.outputs or not basis.outputs]
 
     def _readings(self, readers: list[Linear], stats: Stats, ctx: Context) -> list[Reading]:
         counts: dict[ir.Value, np.ndarray] = {}
@@ -112,3 +116,8 @@ def _in_groups(model: ir.Model, scheme: Scheme) -> dict[ir.Node, Linear]:
         if size is not None and size < linear.in_features:
             found[linear.matmul] = linear
     return found
+
+
+def _of_linears(basis: Basis) -> bool:
+    """Whether nothing but Linears, and the biases behind them, is ordered."""
+    return all(end.node.op_type in ("MatMul", "Add") for end in basis.ends)

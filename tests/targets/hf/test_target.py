@@ -133,6 +133,17 @@ def test_what_awq_folded_is_written(llama: Path, tmp_path: Path) -> None:
     check_same(load(tmp_path / "out" / "hf"), made)
 
 
+def test_hidden_units_are_written_in_their_order(llama: Path, tmp_path: Path) -> None:
+    ordered = "reorder{gain=0},annotate,insert,fold"
+    made = compiled(llama, tmp_path / "out", passes=ordered, calibration=CALIBRATION, ignore=["*up_proj"])
+    (plan,) = made.plans
+    assert plan.sinks == ("model.layers.0.mlp.down_proj",)  # the stream stays as it was
+    found, before = tensors_of(tmp_path / "out"), safetensors.load_file(llama / "model.safetensors")
+    up = "model.layers.0.mlp.up_proj.weight"
+    assert np.array_equal(found[up], before[up][plan.order])
+    check_same(load(tmp_path / "out" / "hf"), made)
+
+
 def test_gemma_norms_are_written_without_their_one(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "gemma", family="Gemma2", head_dim=16, query_pre_attn_scalar=16)
     made = compiled(source, tmp_path / "out", passes="awq{alpha=0.5},annotate,insert,fold", calibration=CALIBRATION)
