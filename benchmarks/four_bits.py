@@ -1,6 +1,6 @@
 """Four bits: rounding to nearest, clipped groups, AWQ, HQQ and GPTQ on MiniLM (w4a8 g32) and stories260k (w4a16 g32).
 
-usage: four_bits.py [--models minilm,stories260k]
+usage: four_bits.py [--models minilm,stories260k] [--methods "RTN;GPTQ, clipped groups"]
 
 MiniLM: protocol of minilm.py. stories260k: every story of shared/data/tinystories, at most 512 tokens with BOS;
 calibrated on 128 sequences of 96 tokens that the float model samples itself (seed 0).
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,13 +55,13 @@ METHODS = {
 }
 
 
-def minilm() -> None:
+def minilm(methods: Mapping[str, str]) -> None:
     """SQNR of the last hidden state in dB, symmetric and asymmetric groups of 32."""
     folder = MODELS / "minilm"
     evaluation = encode(folder, minilm_evaluation(), pad_to=128)
     reference, masks = torch_reference(evaluation), [feeds["attention_mask"] for feeds in evaluation]
     rows: dict[str, dict[str, float]] = {}
-    for label, passes in METHODS.items():
+    for label, passes in methods.items():
         for key, scheme in (("symmetric", "w4a8"), ("asymmetric", "w4a8{symmetric=false}")):
             with tempfile.TemporaryDirectory() as scratch:
                 calibration = encode(folder, minilm_calibration(), batch=16)
@@ -69,15 +72,21 @@ def minilm() -> None:
                 session = one_thread_session(out / "model.onnx")
                 got = (session.run(["last_hidden_state"], feeds)[0] for feeds in evaluation)
                 rows.setdefault(label, {})[key] = pooled_sqnr(reference, got, masks)
-    session = ort_hqq(folder)
-    got = (session.run(["last_hidden_state"], feeds)[0] for feeds in evaluation)
-    rows["onnxruntime's HQQ"] = {"asymmetric": pooled_sqnr(reference, got, masks)}
+            print(f"{label}, {key}: {rows[label][key]:.2f} dB", file=sys.stderr, flush=True)
+    for label, integer in (("onnxruntime's HQQ, inputs in float", False), ("the same, integer zero points", True)):
+        session = ort_hqq(folder, integer)
+        got = (session.run(["last_hidden_state"], feeds)[0] for feeds in evaluation)
+        rows[label] = {"asymmetric": pooled_sqnr(reference, got, masks)}
     columns = {key: (f"{key}, dB", "{:.2f}") for key in ("symmetric", "asymmetric")}
     print_table("MiniLM-L6 w4a8, groups of 32, all Linears", columns, rows)
 
 
-def ort_hqq(folder: Path) -> ort.InferenceSession:
-    """The canonical float graph through ONNX Runtime's own HQQ, accuracy level 4 asked for as in ``w4a8``."""
+def ort_hqq(folder: Path, integer: bool) -> ort.InferenceSession:
+    """The canonical float graph through ONNX Runtime's own HQQ, at accuracy level 4.
+
+    Its zero points are floats, and with those MatMulNBits multiplies in float at every level, bit for bit the same.
+    ``integer`` rounds them, and the weights to the grids that come of it, so that inputs are int8 as in ``w4a8``.
+    """
     from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     logging.getLogger().setLevel(logging.WARNING)  # importing it makes every library talk
@@ -86,12 +95,34 @@ def ort_hqq(folder: Path) -> ort.InferenceSession:
         source = save_float(folder, path)
         quantizer = MatMulNBitsQuantizer(str(path), algo_config=HQQWeightOnlyQuantConfig(block_size=32, bits=4))
         quantizer.process()
-        nodes = [node for node in quantizer.model.model.graph.node if node.op_type == "MatMulNBits"]
+        graph = quantizer.model.model.graph
+        nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+        assert len(nodes) == len(list(linears(source.model)))
         for node in nodes:
             node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
-        assert len(nodes) == len(list(linears(source.model)))
+        if integer:
+            _round_zero_points(graph, nodes, {x.weight.name: x.weight.const_value for x in linears(source.model)})
         onnx.save(quantizer.model.model, path)
         return one_thread_session(path)
+
+
+def _round_zero_points(graph: Any, nodes: Sequence[Any], weights: Mapping[str, Any]) -> None:
+    """Integers instead of float zero points, and each weight [in, out] on the grid with its scales and those."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in nodes:
+        packed, scales, zeros = (tensors[name] for name in node.input[1:4])
+        blocks = weights[packed.name.removesuffix("_Q4")].numpy().T.reshape(*packed.dims[:2], 32)
+        scale = onnx.numpy_helper.to_array(scales).reshape(*packed.dims[:2], 1)
+        zero = np.clip(onnx.numpy_helper.to_array(zeros).reshape(scale.shape).round(), 0, 15)
+        q = np.clip((blocks / scale + zero).round(), 0, 15)
+        packed.CopyFrom(onnx.numpy_helper.from_array(_nibbles(q), packed.name))
+        zeros.CopyFrom(onnx.numpy_helper.from_array(_nibbles(zero[..., 0]).reshape(-1), zeros.name))
+
+
+def _nibbles(q: Any) -> Any:
+    """Pairs along the last axis in a byte, the first one low."""
+    q = q.astype(np.uint8)
+    return q[..., 0::2] | (q[..., 1::2] << 4)
 
 
 def stories(tokenizer: Tokenizer) -> list[Feeds]:
@@ -119,7 +150,7 @@ def sampled(path: Path, count: int = 128, length: int = 96, seed: int = 0) -> li
     return [as_feeds(ids[start : start + 8]) for start in range(0, count, 8)]
 
 
-def stories260k() -> None:
+def stories260k(methods: Mapping[str, str]) -> None:
     """Perplexity with symmetric groups of 32, head included, and the share of RTN's loss that comes back."""
     folder = SHARED / "models" / "stories260k"
     windows = stories(Tokenizer.from_file(str(folder / "tokenizer.json")))
@@ -129,7 +160,7 @@ def stories260k() -> None:
         save_float(folder, root / "fp32.onnx")
         rows["fp32"] = {"perplexity": perplexity(one_thread_session(root / "fp32.onnx"), windows)}
         calibration = sampled(root / "fp32.onnx")
-        for number, (label, passes) in enumerate(METHODS.items()):
+        for number, (label, passes) in enumerate(methods.items()):
             out = root / str(number)
             qcompiler.compile(
                 folder, scheme="w4a16", passes=passes, calibration=calibration, output=out, progress=False
@@ -145,10 +176,13 @@ def stories260k() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="minilm,stories260k", help="which, by comma (default: %(default)s)")
+    parser.add_argument("--methods", default=";".join(METHODS), help="rows, by semicolon, RTN always (default: all)")
+    args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    methods = {label: METHODS[label] for label in dict.fromkeys(("RTN", *args.methods.split(";")))}
     measures = {"minilm": minilm, "stories260k": stories260k}
-    for name in parser.parse_args().models.split(","):
-        measures[name]()
+    for name in args.models.split(","):
+        measures[name](methods)
 
 
 if __name__ == "__main__":
