@@ -31,11 +31,11 @@ _ELEMENTWISE = (
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """A constant that a basis orders: input ``slot`` of ``node``, along ``axis``."""
+    """A constant that a basis orders: input ``slot`` of ``node``, along ``axis``; None: it names channels."""
 
     node: ir.Node
     slot: int
-    axis: int
+    axis: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,6 +141,8 @@ class _Walk:
                 yield from self._end(node, 1, -2)
             elif slot in (ordered_inputs(node, self.channels) or ()):
                 yield node.outputs[0]
+            elif slot == 0 and _picks_channels(node):
+                self.ends[End(node, 1, None)] = None
             elif not _takes_any_order(node, slot):
                 self.refused[f"{node.op_type} {node.name or node.outputs[0].name!r} reads it"] = None
 
@@ -187,6 +189,14 @@ def ordered_inputs(node: ir.Node, channels: int) -> tuple[int, ...] | None:
     if node.op_type in _REDUCTIONS:
         return (0,) if _reduces_channels(node) is False else None
     return (0,) if moves(node, channels) else None
+
+
+def _picks_channels(node: ir.Node) -> bool:
+    """A Gather of channels that are named by a constant, as ``split`` leaves it."""
+    if node.op_type != "Gather" or node.domain != "" or array_of(node.inputs[1]) is None:
+        return False
+    rank = len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
+    return node.attributes.get_int("axis", 0) in (-1, rank - 1)
 
 
 def _takes_any_order(node: ir.Node, slot: int) -> bool:

@@ -43,7 +43,9 @@ def reorder_basis(model: ir.Model, basis: Basis, order: Order, facts: Facts, *, 
     proof = _Proof(model, basis, order, facts, seed)
     axes: dict[tuple[ir.Node, int], set[int]] = {}
     for end in basis.ends:
-        axes.setdefault((end.node, end.slot), set()).add(end.axis)
+        along = axes.setdefault((end.node, end.slot), set())
+        if end.axis is not None:
+            along.add(end.axis)
     writes = [functools.partial(_write, edit, node, slot, along, order) for (node, slot), along in axes.items()]
     writes += [functools.partial(_restore, edit, value, order) for value in basis.outputs]
     error = edit.apply([*writes, proof.ordered], proof)
@@ -55,6 +57,12 @@ def _write(edit: Transaction, node: ir.Node, slot: int, axes: set[int], order: O
     old = array_of(node.inputs[slot])
     if old is None:
         raise ModelError(f"input {slot} of {node.name!r} is not a constant any more")
+    if not axes:
+        value, named = node.inputs[slot], add_initializer(edit.graph, f"{node.name}.channels", np.argsort(order)[old])
+        edit.set_input(node, slot, named)
+        if value is not None and value.is_initializer():
+            edit.copies[value, b"channels"] = named
+        return
     new = functools.reduce(lambda array, axis: np.take(array, order, axis=axis), sorted(axes), old)
     edit.weight(node, slot, new, old, b"%r" % sorted(axes))()
 

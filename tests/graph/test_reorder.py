@@ -111,6 +111,21 @@ def test_means_over_positions_and_sums_over_channels() -> None:
     assert difference(before, model, feeds_for(model)) < 1e-5
 
 
+def test_channels_that_are_named_are_the_same_ones() -> None:
+    text = """g (float[B,S,8] x) => (float[B,S,6] y) {
+        u = MatMul(x, up)  few = Gather <axis = -1> (u, loud)  beside = MatMul(few, w)
+        rest = Mul(u, mask)  main = MatMul(rest, down)  y = Add(main, beside)
+    }"""
+    mask = np.where(np.isin(np.arange(12), [2, 7]), 0, 1).astype(np.float32)
+    given = {"up": (8, 12), "down": (12, 6), "w": (2, 6), "mask": mask, "loud": np.array([2, 7])}
+    model = canonical(text, given)
+    before = model.clone()
+    (basis,) = [basis for basis in find_bases(model) if basis.channels == 12]
+    ordered(model, basis)
+    assert set(model.graph.initializers) == set(given)
+    assert difference(before, model, feeds_for(model)) < 1e-5
+
+
 def test_what_cannot_be_ordered_is_told_and_left() -> None:
     text = """g (float[B,S,8] x) => (float[B,S,6] y) {
         u = MatMul(x, up)  c = CumSum(u, axis)  y = MatMul(c, down)
