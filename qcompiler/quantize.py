@@ -195,11 +195,11 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
     fewer than 8 bits are clipped and rounded by what they meet, where there is data, and in groups they are ordered."""
     few_bits = calibrated and scheme.weight.dtype in DTYPES and scheme.weight.bits < 8
     quantize = "annotate,insert,clip_weights,gptq,fold" if few_bits else "annotate,insert,fold"
+    if few_bits and scheme.weight.group_size is not None:
+        quantize = f"reorder,{quantize}"
     if scheme.outlier_threshold is not None:
         return f"split,{quantize}"
-    if calibrated and scheme.activation is not None:
-        quantize = f"split,adaptive,{quantize}"
-    return f"reorder,{quantize}" if few_bits and scheme.weight.group_size is not None else quantize
+    return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
 
 
 def _distill(

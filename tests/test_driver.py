@@ -262,7 +262,7 @@ def test_seconds_of_every_stage_are_told() -> None:
 
 def test_few_bits_with_data_are_clipped_and_rounded_by_gptq() -> None:
     quantize = "annotate,insert,clip_weights,gptq,fold"
-    befores = {"w4a16": "reorder,", "w4a8": "reorder,split,adaptive,", "w2a16": "reorder,"}
+    befores = {"w4a16": "reorder,", "w4a8": "split,adaptive,reorder,", "w2a16": "reorder,"}
     for name, before in {**befores, "w4a16{group_size=none}": ""}.items():
         assert default_passes(resolve(name), calibrated=True) == f"{before}{quantize}"
         assert default_passes(resolve(name), calibrated=False) == "annotate,insert,fold"

@@ -28,7 +28,8 @@ from qcompiler.scheme import Scheme
 
 @dataclasses.dataclass(frozen=True)
 class Reorder(Pass):
-    """Order channels where the scheme's weights have scales by group; runs before all else that looks at channels.
+    """Order channels where the scheme's weights have scales by group; runs after passes that scale channels
+    (``split``, ``adaptive``, ``awq``) and before ``insert``.
 
     Attributes:
         outputs: order channels that outputs of the model show as well; a Gather at each of these restores the order.
