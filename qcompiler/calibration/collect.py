@@ -16,7 +16,7 @@ from qcompiler.calibration.observers import Observer, make_observer
 from qcompiler.calibration.observers.base import Rows, Samples, as_rows, not_finite
 from qcompiler.calibration.origin import first_nan
 from qcompiler.core import DataError, ModelError, StatRequest
-from qcompiler.graph.experts import Chosen, chosen
+from qcompiler.graph.experts import Chosen, chosen, of_all_rows
 from qcompiler.graph.run import Feeds, Runner
 
 MASK = "attention_mask"
@@ -68,14 +68,13 @@ def collect(
         first += samples_in(feeds)
     if not ran:
         raise DataError("the calibration data is empty: give at least one batch.")
-    unseen = {
-        request: dataclasses.replace(request, value=gathered[request.value].source.name or "")
-        for request, observer in observers.items()
-        if request.value in gathered and not observer.seen
-    }
-    instead = collect(model, batches, unseen.values(), seed=seed, progress=progress, threads=threads)
+    unseen = [request for request, observer in observers.items() if request.value in gathered and not observer.seen]
+    again = model.clone() if unseen else model
+    everywhere = of_all_rows(again, dict.fromkeys(request.value for request in unseen))
+    asked = {request: dataclasses.replace(request, value=everywhere[request.value]) for request in unseen}
+    instead = collect(again, batches, asked.values(), seed=seed, progress=progress, threads=threads)
     return {
-        request: instead[unseen[request]] if request in unseen else _result(request, observer)
+        request: instead[asked[request]] if request in asked else _result(request, observer)
         for request, observer in observers.items()
     }
 

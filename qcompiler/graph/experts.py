@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph.edit import add_initializer, insert_node, remove_dead, replace_value, sole_user, users
+from qcompiler.graph.edit import add_initializer, array_of, insert_node, remove_dead, replace_value, sole_user, users
 from qcompiler.graph.functions import FAKE_QUANT, is_call
 from qcompiler.graph.linear import Linear, as_linear
+
+_BY_ROW = ("Add", "Sub", "Mul", "Div")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +53,11 @@ class Chosen:
 
 
 def chosen(value: ir.Value) -> Chosen | None:
-    """Which rows of what an expert reads, be it fake-quantized or not; None for any other value."""
-    node = value.producer()
-    if node is not None and is_call(node, *FAKE_QUANT):
-        value = node.inputs[0] or value
-        node = value.producer()
-    if node is None or node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
+    """Which rows an expert's input holds, gathered or made row by row of what is; None for any other value."""
+    gather = _chain(value)[-1]
+    if gather is None or gather.op_type != "Gather" or gather.domain != "" or gather.attributes.get_int("axis", 0) != 0:
         return None
-    source, rows = node.inputs
+    source, rows = gather.inputs
     split = rows.producer() if rows is not None else None
     order = split.inputs[0] if split is not None and split.op_type == "Split" else None
     sort = order.producer() if order is not None else None
@@ -66,9 +66,68 @@ def chosen(value: ir.Value) -> Chosen | None:
     return Chosen(source, rows, sort.outputs[1])
 
 
+def _chain(value: ir.Value) -> list[ir.Node | None]:
+    """The nodes that make the value row by row, its producer first; the last is of another kind."""
+    nodes = [value.producer()]
+    while (node := nodes[-1]) is not None and (read := _read_by_row(node)) is not None:
+        nodes.append(read.producer())
+    return nodes
+
+
+def _read_by_row(node: ir.Node) -> ir.Value | None:
+    """What a fake-quant reads, or an operator on it and a constant."""
+    if is_call(node, *FAKE_QUANT):
+        return node.inputs[0]
+    computed = [value for value in node.inputs if array_of(value) is None]
+    return computed[0] if node.domain == "" and node.op_type in _BY_ROW and len(computed) == 1 else None
+
+
+def of_all_rows(model: ir.Model, names: Iterable[str]) -> dict[str, str]:
+    """Compute of all rows what these values, inputs of experts, are of some: by name, the new values' names."""
+    values = {value.name or "": value for node in model.graph for value in node.outputs}
+    return {name: _of_all_rows(model.graph, values[name]) for name in names}
+
+
+def _of_all_rows(graph: ir.Graph, value: ir.Value) -> str:
+    part = chosen(value)
+    assert part is not None
+    made = part.source
+    for node in reversed(_chain(value)[:-1]):
+        assert node is not None
+        read = _read_by_row(node)
+        inputs = [made if other is read else other for other in node.inputs]
+        copy = insert_node(
+            graph,
+            node,
+            node.op_type,
+            inputs,
+            domain=node.domain,
+            attributes=dict(node.attributes),
+            name=f"{node.name}.all",
+            like=node.outputs[0],
+        )
+        made = copy.outputs[0]
+    return made.name or ""
+
+
 def projections(model: ir.Model) -> list[Projection]:
     """Every projection of experts whose Linears are as ``normalise`` left them, but for fake-quants; in graph order."""
     return [found for node in model.graph if node.op_type == "Concat" and (found := _projection(node)) is not None]
+
+
+def parted(model: ir.Model) -> list[Linear]:
+    """Linears whose outputs are put together by expert, but beside others that are none: passes were in between."""
+    whole = {linear.matmul for found in projections(model) for linear in found.linears}
+    sorts = [node for node in model.graph if is_call(node, "SortByExpert")]
+    gathers = [node for sort in sorts for node, index in sort.outputs[1].uses() if index == 1]
+    values = [value for node in gathers if (concat := _maker(node)) is not None for value in concat.inputs]
+    found = [as_linear(node) for value in values if value is not None and (node := value.producer()) is not None]
+    return [linear for linear in found if linear is not None and linear.matmul not in whole]
+
+
+def _maker(gather: ir.Node) -> ir.Node | None:
+    made = gather.inputs[0]
+    return made.producer() if made is not None else None
 
 
 def has_experts(model: ir.Model) -> bool:
@@ -96,8 +155,10 @@ def _projection(concat: ir.Node) -> Projection | None:
 def _expert(value: ir.Value | None) -> tuple[Linear, Chosen] | None:
     matmul = value.producer() if value is not None else None
     linear = as_linear(matmul) if matmul is not None else None
-    part = chosen(linear.x) if linear is not None else None
-    return None if linear is None or part is None or linear.add is not None else (linear, part)
+    if linear is None or linear.add is not None or _read_by_row(linear.x.producer() or linear.matmul) is not None:
+        return None
+    part = chosen(linear.x)
+    return None if part is None else (linear, part)
 
 
 def _pieces(sort: ir.Node) -> list[ir.Value]:

@@ -117,6 +117,8 @@ def fake_quantize_dynamic(x: Array, spec: TensorSpec) -> Array:
     max|x| / 127 of each ``group_size`` columns, per_tensor one range of the array (DynamicQuantizeLinear).
     """
     x = np.asarray(x, np.float32)
+    if not x.size:
+        return x
     if spec.granularity == "per_tensor":
         scale, zero_point = scale_zero_point(x.min(), x.max(), spec)
         return fake_quantize(x, scale, zero_point)

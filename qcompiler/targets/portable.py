@@ -193,6 +193,9 @@ def _quantize_rows(graph: ir.Graph, quant: ir.Node, x: ir.Value, name: str) -> _
     above = step("Div", [highest, constant("room_above", dtype.type(255 - middle))], "above")
     below = step("Div", [lowest, constant("room_below", dtype.type(1 - middle))], "below")
     scale = step("Max", [above, below, constant("tiny", dtype.type(1e-30))], "scale")
+    if any(is_call(node, "SortByExpert") for node in graph):  # of no rows, ONNX Runtime's reductions leave all columns
+        bounds = [constant(f"slice_{n}", np.array([n], np.int64)) for n in (0, 1, -1)]
+        scale = step("Slice", [scale, *bounds], "scale_column")
     grid = step("Div", [x, scale], "grid")
     zero_point = constant("zero_point", np.uint8(middle))
     return _Integers(

@@ -38,6 +38,7 @@ class Quantizer:
         self.graph = graph
         self._made: dict[ir.Node, Integers] = {}
         self._constants: dict[str, ir.Value] = {}
+        self._may_be_empty = any(is_call(node, "SortByExpert") for node in graph)
 
     def integers(self, fake_quant: ir.Node, in_features: int) -> Integers:
         """The integers that this FakeQuant* call stands for; its operators are placed before it.
@@ -88,7 +89,7 @@ class Quantizer:
         above = self._node(call, "Div", [highest, room_above], "row_scale_above")
         below = self._node(call, "Div", [lowest, room_below], "row_scale_below")
         tiny = self._constant("tiny", np.array(1e-30, np.float32))
-        row_scale = self._node(call, "Max", [above, below, tiny], "row_scale")
+        row_scale = self._one_column(call, self._node(call, "Max", [above, below, tiny], "row_scale"))
         shape = self._node(call, "Shape", [row_scale], "row_scale_shape")
         zero_point = self._constant(f"zero_point_{middle}", np.array(middle, np.uint8))
         zero_points = self._node(call, "Expand", [zero_point, shape], "row_zero_points")
@@ -96,6 +97,13 @@ class Quantizer:
             call, "QuantizeLinear", [x, row_scale, zero_points], "quantized", axis=-1, block_size=in_features
         )
         return Integers(values, self._constant("one", np.array(1.0, np.float32)), zero_point, row_scale)
+
+    def _one_column(self, call: ir.Node, row_scale: ir.Value) -> ir.Value:
+        """[..., 1] where there are no rows too, of which ONNX Runtime's reductions leave all columns: an expert's."""
+        if not self._may_be_empty:
+            return row_scale
+        bounds = [self._constant(f"slice_{n}", np.array([n], np.int64)) for n in (0, 1, -1)]
+        return self._node(call, "Slice", [row_scale, *bounds], "row_scale_column")
 
     def _node(self, call: ir.Node, op_type: str, inputs: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
         name = f"{call.inputs[0].name if call.inputs[0] else ''}.{suffix}"

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from qcompiler.core import Note
 from qcompiler.graph.edit import add_initializer, insert_node, remove_dead
-from qcompiler.graph.experts import Projection, projections
+from qcompiler.graph.experts import Projection, parted, projections
 from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear
 from qcompiler.graph.rules.patterns import last_dim
@@ -28,6 +28,8 @@ from qcompiler.numerics.packing import pack, pack_weight
 from qcompiler.targets.ort.emit import contrib_instead
 from qcompiler.targets.ort.mixtures import Mixture, Unfit, mixture_of
 from qcompiler.targets.ort.nbits import BLOCK_SIZES, Blocks, block_size, blocks_of
+
+_APART = "one product an expert"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ def lower_experts(model: ir.Model) -> tuple[dict[str, str], list[Note]]:
     """
     nodes: dict[str, str] = {}
     notes: list[Note] = []
+    between = "a pass put operators between some experts and their inputs, which QMoE does not compute"
+    notes += [Note(line.name, _APART, between) for line in parted(model) if line.weight_quant is not None]
     groups: dict[ir.Node, list[Projection]] = {}
     for projection in projections(model):
         groups.setdefault(projection.sort, []).append(projection)
@@ -63,7 +67,7 @@ def lower_experts(model: ir.Model) -> tuple[dict[str, str], list[Note]]:
         try:
             name, what = _replace(model, mixture_of(group))
         except Unfit as why:
-            notes += [Note(linear.name, "one product an expert", str(why)) for linear in linears]
+            notes += [Note(linear.name, _APART, str(why)) for linear in linears]
             continue
         nodes |= {linear.name: name for linear in linears}
         notes += [Note(linear.name, "QMoE", what) for linear in linears]

@@ -16,6 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import qcompiler
+from qcompiler.graph.edit import add_initializer, insert_node
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import Runner, session_options
 from qcompiler.numerics.packing import unpack
@@ -184,6 +185,23 @@ def test_bits_that_differ_between_experts_or_projections_do_not_fit() -> None:
         notes = OrtCpu().lower(model).notes
         assert any(why in note.why for note in notes)
         assert "QMoE" not in operators(model)
+
+
+def test_what_a_pass_put_before_one_expert_parts_them() -> None:
+    model = mixtures.canonical(64, 96)
+    matmul = next(linear.matmul for linear in linears(model) if linear.name == "mlp.experts.2.down_proj")
+    [x] = matmul.inputs[:1]
+    twice = add_initializer(model.graph, "twice", np.full(96, 2, np.float32))
+    matmul.replace_input_with(0, insert_node(model.graph, matmul, "Mul", [x, twice], name="twice", like=x).outputs[0])
+    model = fold(model, resolve("w4a16", (), {}))
+    feeds = mixtures.rows(7, 64)
+    expected = Runner(model)(feeds)["y"]
+    lowered = OrtCpu().lower(model)
+    assert "QMoE" not in operators(model)
+    said = {note.node: note.why for note in lowered.notes if note.what == "one product an expert"}
+    assert set(said) == {f"mlp.experts.{e}.{name}" for e in range(4) for name in ("gate_up_proj", "down_proj")}
+    assert "a pass put operators" in said["mlp.experts.0.down_proj"]
+    np.testing.assert_allclose(Runner(model, as_deployed=True)(feeds)["y"], expected, rtol=1e-4, atol=1e-5)
 
 
 def kernel(bits: int, block: int | None, accuracy: int) -> tuple[float, float]:
