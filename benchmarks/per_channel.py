@@ -29,7 +29,7 @@ METHODS = {
     "GPTQ": "annotate,insert,gptq,fold",
     "GPTQ, clipped": "annotate,insert,clip_weights,gptq,fold",
     "AWQ, GPTQ, clipped": "awq,annotate,insert,clip_weights,gptq,fold",
-    "rotated, GPTQ, clipped": "rotate{gate=false},annotate,insert,clip_weights,gptq,fold",
+    "rotated, GPTQ, clipped": "rotate,annotate,insert,clip_weights,gptq,fold",
 }
 
 

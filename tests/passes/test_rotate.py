@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from qcompiler.calibration import collect
 from qcompiler.graph.edit import array_of
+from qcompiler.graph.linear import linears
 from qcompiler.graph.residual import find_streams
 from qcompiler.graph.rules import canonicalise
 from qcompiler.graph.run import Runner
@@ -57,6 +59,40 @@ def test_an_outlier_channel_is_rotated_away_and_static_quantization_gains() -> N
     assert error(exact, logits(turned)) < 1e-10
     quantize(turned, context("w8a8-o3"), data=DATA)
     assert error(exact, logits(turned)) < 0.5 * error(exact, logits(plain))
+
+
+def test_calibrated_weights_with_one_scale_an_output_channel_are_rotated_unjudged() -> None:
+    """And gain by it once gptq has rounded them: here a few weights of each Linear are far larger than all others."""
+
+    def heavy_tailed() -> ir.Model:
+        model, rng = decoder(), np.random.default_rng(5)
+        for linear in linears(model):
+            old = array_of(linear.weight)
+            new = rng.standard_t(3, old.shape).astype(np.float32)
+            linear.weight.const_value = ir.tensor(new * np.float32(old.std() / new.std()), name=linear.weight.name)
+        return model
+
+    ctx = dataclasses.replace(context("w4a16{group_size=none}"), data=DATA)
+    exact, errors = logits(heavy_tailed()), []
+    for item in (None, Rotate()):
+        model = heavy_tailed()
+        if item is not None:
+            assert item.wants(model, ctx) == []
+            assert {plan.why for plan in apply(item, model, ctx, DATA).plans} == {"not judged"}
+        for each in parse_pipeline("annotate,insert,clip_weights,gptq"):
+            apply(each, model, ctx, DATA)
+        errors.append(error(exact, logits(model)))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_what_else_is_judged_unless_it_is_told_otherwise() -> None:
+    model = decoder()
+    calibrated = dataclasses.replace(context("w4a16{group_size=none}"), data=DATA)
+    for scheme in ("w4a16", "w8a16{group_size=none}", "w4a8{group_size=none}", "nf4", "w8a8"):
+        assert Rotate().wants(model, dataclasses.replace(context(scheme), data=DATA))
+    assert Rotate().wants(model, context("w4a16{group_size=none}"))
+    assert Rotate(gate=True).wants(model, calibrated)
+    assert not Rotate(gate=False).wants(model, context())
 
 
 def test_the_gate_leaves_a_stream_alone_that_gains_nothing() -> None:
