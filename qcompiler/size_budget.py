@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,12 @@ class SizeBudget:
         for model in trials:
             nodes = self.target.lower(model).nodes
             stored = {node.name: node for node in model.graph}
+            numbers = _numbers(free, nodes)
             for group, options in zip(groups, sizes, strict=True):
-                taken = [stored[nodes[line.name]] for line in group if line.name in nodes]
-                options.append(_constant_bytes(taken) if taken else options[FLOAT])
+                taken = {nodes[line.name] for line in group if line.name in nodes}
+                own = sum(_numbers(group, nodes).values())
+                whole, among = _constant_bytes(stored[name] for name in taken), sum(numbers[name] for name in taken)
+                options.append(whole * own // among if taken else options[FLOAT])
             fixed.append(saved_bytes(model) - sum(options[-1] for options in sizes))
         return Plan(names, widths, sizes, losses.alone(), min(fixed), losses)
 
@@ -179,6 +182,15 @@ def _tied(free: Iterable[Linear]) -> list[list[Linear]]:
     for linear in free:
         groups.setdefault(linear.weight, []).append(linear)
     return list(groups.values())
+
+
+def _numbers(found: Iterable[Linear], nodes: Mapping[str, str]) -> Mapping[str, int]:
+    """How many weights each lowered node multiplies by: experts share one."""
+    numbers: dict[str, int] = {}
+    for linear in found:
+        if (name := nodes.get(linear.name)) is not None:
+            numbers[name] = numbers.get(name, 0) + linear.in_features * linear.out_features
+    return numbers
 
 
 def _float_bytes(group: Sequence[Linear]) -> int:

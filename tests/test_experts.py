@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 import qcompiler
+from qcompiler.core import OptionError
 from qcompiler.graph.run import Runner
 from tests import mixtures
 
@@ -83,3 +88,24 @@ def test_analyze_tells_of_experts_and_of_outputs() -> None:
     layers = {layer.row.name: layer for layer in found.layers}
     assert layers["mlp.experts.3.gate_up_proj"].alone.sqnr_db > 15
     assert found.outputs["y"].sqnr_db > 5
+
+
+def test_a_size_budget_counts_each_expert_by_its_share(tmp_path: Path) -> None:
+    """Experts share one node, whose bytes are not those of each."""
+    model = mixtures.traced(64, 96)
+    options = {"scheme": "w4a16", "passes": "annotate,insert,fold", "calibration": wide(), "progress": False}
+
+    def size(name: str, **more: Any) -> int:
+        qcompiler.compile(model.clone(), output=tmp_path / name, **options, **more)
+        return sum(file.stat().st_size for file in (tmp_path / name).glob("model.onnx*"))
+
+    four, eight = (size(str(bits), bits={"*": bits}) for bits in (4, 8))
+    limit = (four + eight) // 2
+    assert 0.8 * limit <= size("budget", max_size=limit) <= limit
+    with pytest.raises(OptionError, match="cannot be reached") as told:
+        size("none", max_size=1000)
+    assert int(re.search(r"takes (\d+)", str(told.value))[1]) < four
+
+
+def wide() -> list[Feeds]:
+    return [mixtures.rows(24, 64, seed) for seed in range(2)]
