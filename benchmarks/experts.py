@@ -3,6 +3,8 @@
 usage: experts.py [--schemes S S ...] [--hidden N] [--intermediate N] [--experts N] [--layers N] [--rounds N]
        [--tokens N N ...] [--folder DIR]
 
+(many small experts: --experts 64 --intermediate 256)
+
 A Mixtral of random weights (two experts a token, vocabulary of 512), rounded to nearest: what is measured is time and
 size, not accuracy. One thread's CPU time, alternating in one process, against the canonical float32 graph under
 ORT_ENABLE_ALL, in which each expert multiplies the rows that chose it; "as traced" is the graph as the exporter leaves
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1792)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--folder", type=Path)

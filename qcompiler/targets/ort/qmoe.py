@@ -12,7 +12,7 @@ Experts that do not fit stay one MatMulNBits each (:mod:`qcompiler.targets.ort.n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from qcompiler.graph.rules.patterns import last_dim
 from qcompiler.numerics.packing import pack, pack_weight
 from qcompiler.targets.ort.emit import contrib_instead
 from qcompiler.targets.ort.mixtures import Mixture, Unfit, mixture_of
-from qcompiler.targets.ort.nbits import BLOCK_SIZES, Blocks, block_size, blocks_of
+from qcompiler.targets.ort.nbits import BLOCK_SIZES, Blocks, blocks_of
 
 _APART = "one product an expert"
 
@@ -80,54 +80,76 @@ def _blocks(linear: Linear) -> Blocks | None:
     return None if linear.weight_quant is None else blocks_of(linear.weight_quant)
 
 
-def _common(projection: Projection) -> tuple[list[Blocks], int | None]:
-    """The experts' weights, and the groups that their inputs are quantized in (None: they are float).
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How the weights of all experts of a projection are quantized; groups: scales of one output feature."""
+
+    inputs: int
+    bits: int
+    group_size: int
+    groups: int
+
+    @property
+    def whole(self) -> bool:
+        return self.groups == 1
+
+    def takes(self, size: int) -> bool:
+        """Whether blocks of that size fill the inputs, each within one group."""
+        return self.inputs % size == 0 and (self.whole or self.group_size % size == 0)
+
+
+def _each(projection: Projection) -> Iterator[Blocks]:
+    """The experts' weights, one at a time: a layer's may be too many for memory.
+
+    Raises:
+        Unfit: one is no integers.
+    """
+    for linear in projection.linears:
+        blocks = _blocks(linear)
+        if blocks is None:
+            raise Unfit("QMoE wants integer weights in all experts")
+        yield blocks
+
+
+def _common(projection: Projection) -> tuple[_Form, int | None]:
+    """The form of the experts' weights, and the groups that their inputs are quantized in (None: they are float).
 
     Raises:
         Unfit: the experts differ.
     """
-    found = [_blocks(linear) for linear in projection.linears]
-    blocks = [b for b in found if b is not None]
-    if len(blocks) != len(found):
-        raise Unfit("QMoE wants integer weights in all experts")
+    forms = {_Form(len(b.q), b.bits, b.group_size, len(b.scale)) for b in _each(projection)}
     quants = [linear.activation_quant for linear in projection.linears]
     if any(quant is not None and not is_call(quant, "FakeQuantPerGroup") for quant in quants):
         raise Unfit("QMoE takes inputs in float, or in int8 by group at run time")
     sizes = {None if quant is None else quant.attributes["block_size"].as_int() for quant in quants}
-    if len({(b.bits, b.group_size, len(b.scale)) for b in blocks}) > 1 or len(sizes) > 1:
+    if len(forms) > 1 or len(sizes) > 1:
         raise Unfit("QMoE wants the same bits and groups in all experts")
-    return blocks, sizes.pop()
+    return forms.pop(), sizes.pop()
 
 
-def _layout(first: list[Blocks], second: list[Blocks], wanted: int | None) -> int | None:
+def _layout(a: _Form, b: _Form, wanted: int | None) -> int | None:
     """The block size; None: one scale an output channel, without blocks.
 
     Raises:
         Unfit: the kernel has none such, or would compute something else.
     """
-    a, b = first[0], second[0]
-    if a.bits != b.bits:
-        raise Unfit(f"QMoE wants the same bits in both projections, not {a.bits} and {b.bits}")
-    whole = len(a.scale) == len(b.scale) == 1
-    if wanted is None and a.bits != 4 and not (whole or (a.bits == 2 and {a.group_size, b.group_size} == {16})):
-        raise Unfit(f"QMoE of {a.bits} bits in groups rounds its inputs, which were to stay float")
-    if wanted is not None and a.bits == 2:
+    bits, whole = a.bits, a.whole and b.whole
+    if bits != b.bits:
+        raise Unfit(f"QMoE wants the same bits in both projections, not {bits} and {b.bits}")
+    if wanted is None and bits != 4 and not (whole or (bits == 2 and {a.group_size, b.group_size} == {16})):
+        raise Unfit(f"QMoE of {bits} bits in groups rounds its inputs, which were to stay float")
+    if wanted is not None and bits == 2:
         raise Unfit("QMoE of 2 bits does not take inputs in int8 by group")
-    if wanted is None and whole and a.bits != 4:
+    if wanted is None and whole and bits != 4:
+        if (a.inputs * bits) % 8 or (b.inputs * bits) % 8:
+            raise Unfit(f"QMoE wants weights of whole bytes, not {a.inputs} and {b.inputs} of {bits} bits")
         return None
-    size = max((size for size in BLOCK_SIZES if _fits(a, size, wanted) and _fits(b, size, wanted)), default=None)
+    sizes = BLOCK_SIZES if wanted is None else {wanted} & set(BLOCK_SIZES)
+    size = max((size for size in sizes if a.takes(size) and b.takes(size)), default=None)
     if size is None:
-        raise Unfit(
-            f"QMoE has no blocks that divide {len(a.q)} and {len(b.q)} inputs in groups of {wanted or a.group_size}"
-        )
+        groups = wanted or a.group_size
+        raise Unfit(f"QMoE has no blocks that divide {a.inputs} and {b.inputs} inputs in groups of {groups}")
     return size
-
-
-def _fits(blocks: Blocks, size: int, wanted: int | None) -> bool:
-    if wanted is not None and size != wanted:
-        return False
-    grouped = len(blocks.scale) == 1 or (block_size(blocks, size) == size)
-    return len(blocks.q) % size == 0 and grouped
 
 
 def _replace(model: ir.Model, mixture: Mixture) -> tuple[str, str]:
@@ -140,10 +162,10 @@ def _replace(model: ir.Model, mixture: Mixture) -> tuple[str, str]:
         raise Unfit("QMoE is given float32 here")
     size = _layout(first, second, wanted)
     parts = (
-        _packed([_interleaved(blocks, mixture.gate) for blocks in first], size),
-        _packed(second, size),
+        _packed((_interleaved(blocks, mixture.gate) for blocks in _each(mixture.first)), size),
+        _packed(_each(mixture.second), size),
     )
-    bits, experts, name = first[0].bits, len(first), _name(mixture)
+    bits, experts, name = first.bits, len(mixture.first.linears), _name(mixture)
     named = zip(("up", "down"), parts, strict=True)
     constants = [_constants(model.graph, f"{name}.{part}", arrays) for part, arrays in named]
     (w1, s1, z1), (w2, s2, z2) = constants
@@ -181,22 +203,19 @@ def _interleaved(blocks: Blocks, gate: int) -> Blocks:
     return dataclasses.replace(blocks, q=q, scale=scale, zero_point=zero_point)
 
 
-def _packed(experts: Sequence[Blocks], size: int | None) -> _Packed:
-    """The experts' weights; ``size`` None: they have one scale an output channel.
-
-    Raises:
-        Unfit: a row does not fill its bytes.
-    """
-    rows, columns = experts[0].q.shape
-    bits = experts[0].bits
-    if rows * bits % 8:
-        raise Unfit(f"QMoE wants weights of whole bytes, not {rows} of {bits} bits")
-    blocks = list(experts) if size is None else [expert.in_blocks_of(size) for expert in experts]
-    weight = np.stack([pack_weight(b.q, bits, size or rows).reshape(columns, -1) for b in blocks])
-    scales = np.stack([b.scale.T if size is not None else b.scale[0] for b in blocks])
-    zeros = np.stack([b.zero_point.T if size is not None else b.zero_point[0] for b in blocks])
-    middle = bool((zeros == 1 << (bits - 1)).all())  # what the operator takes where none are given
-    return _Packed(weight, np.ascontiguousarray(scales), None if middle else pack(zeros.astype(np.uint8), bits))
+def _packed(experts: Iterable[Blocks], size: int | None) -> _Packed:
+    """The experts' weights; ``size`` None: they have one scale an output channel, and rows fill their bytes."""
+    weights, scales, zeros = [], [], []
+    bits = 0
+    for expert in experts:
+        bits, (rows, columns) = expert.bits, expert.q.shape
+        blocks = expert if size is None else expert.in_blocks_of(size)
+        weights.append(pack_weight(blocks.q, bits, size or rows).reshape(columns, -1))
+        scales.append(blocks.scale.T if size is not None else blocks.scale[0])
+        zeros.append(blocks.zero_point.T if size is not None else blocks.zero_point[0])
+    zero_points = np.stack(zeros)
+    middle = bool((zero_points == 1 << (bits - 1)).all())  # what the operator takes where none are given
+    return _Packed(np.stack(weights), np.stack(scales), None if middle else pack(zero_points.astype(np.uint8), bits))
 
 
 def _constants(graph: ir.Graph, name: str, part: _Packed) -> list[ir.Value | None]:
