@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompiler.core import DataError, OptionError
+from qcompiler.numerics.gptq_beam import eliminate_beam
+from qcompiler.numerics.gptq_scales import refitted_scales
 from qcompiler.numerics.grids import Grid
 
 Array = npt.NDArray[Any]
@@ -58,6 +61,8 @@ def gptq(
     act_order: bool = True,
     damp: float = 0.01,
     block_size: int = 64,
+    beam: int = 1,
+    refits: int = 0,
     dtype: type[np.floating[Any]] = np.float32,
     keep_nearest: bool = True,
 ) -> Rounded:
@@ -70,6 +75,10 @@ def gptq(
         act_order: round inputs of large diagonal first, while most others can still make up for them.
         damp: added to the diagonal, times its mean; raised tenfold until the factorisation succeeds.
         block_size: inputs of a lazy batch.
+        beam: roundings of each output channel that are kept from input to input (:mod:`qcompiler.numerics.gptq_beam`);
+            scales have to be known beforehand where it is more than 1.
+        refits: times that the scales are fitted to the integers, and the integers found anew in these scales; each
+            output channel keeps the best it had.
         dtype: of the elimination; the factorisation is float64 always.
         keep_nearest: output channels that rounding to nearest leaves with less error keep it.
 
@@ -80,32 +89,60 @@ def gptq(
     weight = np.asarray(weight, np.float64)
     hessian = np.asarray(hessian, np.float64)
     rows = len(weight)
-    if hessian.shape != (rows, rows) or block_size < 1:
+    if hessian.shape != (rows, rows) or min(block_size, beam) < 1:
         raise OptionError(f"gptq cannot use a weight {weight.shape} with a Hessian {hessian.shape}.")
     if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):
         raise DataError("the weight or its Hessian holds NaN or inf.")
-    dead = np.diag(hessian) <= 0
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(rows)
     upper, used = inverse_root(hessian[np.ix_(order, order)], damp)
-    scales = _Scales(grid, weight, static=act_order)
-    integers = np.empty(weight.shape, np.int32)
-    integers[order] = _eliminate(weight[order].astype(dtype), upper.astype(dtype), scales, order, block_size)
-    scale, zero_point = scales.result()
-    found = dataclasses.replace(grid, scale=scale, zero_point=zero_point).in_double()
-    nearest = found.nearest(weight)
-    error, nearest_error = (hessian_error(weight, found.dequantized(q), hessian) for q in (integers, nearest))
+    upper, goal = upper.astype(dtype), weight[order].astype(dtype)
+
+    def solve(grid: Grid) -> tuple[npt.NDArray[np.int32], Grid]:
+        scales = _Scales(grid, weight, static=act_order or beam > 1)
+        integers = np.empty(weight.shape, np.int32)
+        if beam > 1:
+            spread = [np.broadcast_to(a, weight.shape)[order].astype(dtype) for a in scales.found().spread(rows)]
+            integers[order] = eliminate_beam(goal, upper, *spread, (grid.low, grid.high), beam, block_size)
+        else:
+            integers[order] = _eliminate(goal.copy(), upper, scales, order, block_size)
+        return integers, scales.found()
+
+    integers, found = solve(grid)
+    for _ in range(refits):
+        integers, found = _refitted(weight, _damped(hessian, used), integers, found, solve)
+    exact = found.in_double()
+    nearest = exact.nearest(weight)
+    error, nearest_error = (hessian_error(weight, exact.dequantized(q), hessian) for q in (integers, nearest))
     worse = (error > nearest_error) & keep_nearest
     integers[:, worse] = nearest[:, worse]
+    assert found.scale is not None
+    assert found.zero_point is not None
     return Rounded(
         integers,
-        scale,
-        zero_point,
+        found.scale,
+        found.zero_point,
         used,
-        int(dead.sum()),
+        int(np.count_nonzero(np.diag(hessian) <= 0)),
         int(worse.sum()),
         np.where(worse, nearest_error, error),
         nearest_error,
     )
+
+
+def _refitted(
+    weight: Array,
+    hessian: Array,
+    integers: npt.NDArray[np.int32],
+    grid: Grid,
+    solve: Callable[[Grid], tuple[npt.NDArray[np.int32], Grid]],
+) -> tuple[npt.NDArray[np.int32], Grid]:
+    """Fit the scales to the integers, then find integers for these scales; an output channel that loses stays."""
+    fitted = dataclasses.replace(grid, scale=refitted_scales(weight, integers, hessian, grid))
+    choices = [(integers, grid), (integers, fitted), (solve(fitted)[0], fitted)]
+    errors = [hessian_error(weight, choice.in_double().dequantized(q), hessian) for q, choice in choices]
+    best = np.argmin(errors, axis=0)
+    scale = np.where(best > 0, np.asarray(fitted.scale), np.asarray(grid.scale))
+    return np.where(best == 2, choices[2][0], integers), dataclasses.replace(grid, scale=scale)
 
 
 def hessian_error(weight: Array, approximation: Array, hessian: Array) -> npt.NDArray[np.float64]:
@@ -122,11 +159,8 @@ def inverse_root(hessian: Array, damp: float) -> tuple[npt.NDArray[np.float64], 
     Raises:
         DataError: no damping up to ten times the mean diagonal makes the matrix positive definite.
     """
-    diagonal = np.diag(hessian)
-    mean = float(diagonal[diagonal > 0].mean()) if (diagonal > 0).any() else 1.0
     for used in (damp, *(step for step in _LADDER if step > damp)):
-        damped = np.array(hessian, np.float64)
-        damped[np.diag_indices_from(damped)] = np.where(diagonal > 0, diagonal, mean) + used * mean
+        damped = _damped(hessian, used)
         try:
             # H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards, and U = R^-1.
             root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
@@ -136,6 +170,14 @@ def inverse_root(hessian: Array, damp: float) -> tuple[npt.NDArray[np.float64], 
         if np.isfinite(upper).all():
             return upper, used
     raise DataError(f"the Hessian is not positive definite, whatever the damping (tried up to {_LADDER[-1]:g}).")
+
+
+def _damped(hessian: Array, damp: float) -> npt.NDArray[np.float64]:
+    damped = np.array(hessian, np.float64)
+    diagonal = np.diag(hessian)
+    mean = float(diagonal[diagonal > 0].mean()) if (diagonal > 0).any() else 1.0
+    damped[np.diag_indices_from(damped)] = np.where(diagonal > 0, diagonal, mean) + damp * mean
+    return damped
 
 
 def _inverse_of_upper(root: Array) -> Array:
@@ -209,10 +251,12 @@ class _Scales:
         group = row // self._size
         return self._scale[group].astype(dtype), self._zero_point[group].astype(dtype)
 
-    def result(self) -> tuple[Array, Array]:
+    def found(self) -> Grid:
+        """The grid with the scales that were used."""
+        scale, zero_point = self._scale, self._zero_point
         if self.grid.group_size is None:
-            return self._scale[0], self._zero_point[0]
-        return self._scale, self._zero_point
+            scale, zero_point = scale[0], zero_point[0]
+        return dataclasses.replace(self.grid, scale=scale, zero_point=zero_point)
 
     def _find(self, group: int, weight: Array) -> None:
         part = weight[group * self._size : (group + 1) * self._size]

@@ -23,7 +23,7 @@ from qcompiler.graph.functions import is_call
 from qcompiler.graph.linear import Linear, linears
 from qcompiler.graph.run import Feeds
 from qcompiler.graph.transaction import Transaction
-from qcompiler.graph.weights import fake_quantized, grid_of, on_integers
+from qcompiler.graph.weights import fake_quantized, grid_of, on_integers, write_grid
 from qcompiler.numerics.affine import integer_range
 from qcompiler.numerics.gptq import Grid, Rounded, gptq
 from qcompiler.numerics.gptq_search import DAMPS, search_damp
@@ -55,6 +55,10 @@ class Gptq(Pass):
         folds: parts of the samples for that search.
         copies: of the samples, with random tokens in their places, that together count as much as the samples; None: 4
             below 8 bits where rows are fewer than 8 times the inputs of the widest Linear, 0 elsewhere.
+        beam: roundings of each output channel that are kept from input to input; None: 8 below 8 bits, else 1, which is
+            the paper's.
+        refits: times that the scales are fitted to the integers and the integers found anew; None: 2 below 8 bits,
+            else 0: the scales stay.
         block_size: inputs of a lazy batch; no numbers depend on it.
     """
 
@@ -63,6 +67,8 @@ class Gptq(Pass):
     damp: float | None = None
     folds: int = 2
     copies: int | None = None
+    beam: int | None = None
+    refits: int | None = None
     block_size: int = 64
 
     def __post_init__(self) -> None:
@@ -72,6 +78,10 @@ class Gptq(Pass):
             raise OptionError(f"gptq{{damp={self.damp}}}: a positive number is wanted, 0.01 to 1 as a rule.")
         if self.copies is not None and self.copies < 0:
             raise OptionError(f"gptq{{copies={self.copies}}}: 0 or more copies of the samples are wanted.")
+        if self.beam is not None and self.beam < 1:
+            raise OptionError(f"gptq{{beam={self.beam}}}: 1 or more roundings are to be kept.")
+        if self.refits is not None and self.refits < 0:
+            raise OptionError(f"gptq{{refits={self.refits}}}: 0 or more times are wanted.")
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
         apart = [group for group in _together(_quantized(model)) if ctx.data is None or _spread_out(group)]
@@ -103,6 +113,15 @@ class Gptq(Pass):
         """The damping of Linears of one input; None: it is to be searched."""
         return DAMPS[-1] if self.damp is None and not _few_bits(_given(group[0])) else self.damp
 
+    def _search(self, linear: Linear) -> dict[str, int]:
+        """How far to search for a Linear's integers and scales; int8's one scale a channel stays."""
+        beam, refits = (8, 2) if _few_bits(_given(linear)) else (1, 0)
+        in_groups = is_call(linear.weight_quant, "FakeQuantBlocks")
+        return {
+            "beam": beam if self.beam is None else self.beam,
+            "refits": (refits if self.refits is None else self.refits) if in_groups else 0,
+        }
+
     def _copies(self, steps: list[list[Linear]], data: Sequence[Feeds]) -> int:
         """Few rows leave directions unseen, and GPTQ takes from the unseen; any tokens show them."""
         if self.copies is not None:
@@ -128,6 +147,7 @@ class Gptq(Pass):
         try:
             if damp is None:
                 damp, _ = search_damp(weight, hessians, grid, **options)
+            options |= self._search(distinct[0])
             rounded = gptq(weight, hessians.sum(0), grid, damp=damp, **options)
         except DataError as error:
             return [Note(linear.name, "rounded to nearest", str(error)) for linear in group]
@@ -139,6 +159,8 @@ class Gptq(Pass):
             part = slice(end - first.out_features, end)
             readers = [linear for linear in group if linear.weight is first.weight]
             _write(edit, readers, values[:, part])
+            if options["refits"]:
+                _rescale(readers, rounded.scale[:, part])
             notes += [Note(linear.name, "gptq", _told(rounded, part)) for linear in readers]
         edit.inherit_names()
         return notes
@@ -226,6 +248,12 @@ def _write(edit: Transaction, readers: list[Linear], values: npt.NDArray[np.floa
     for quant in dict.fromkeys(linear.weight_quant for linear in readers):
         assert quant is not None
         edit.weight(quant, 0, values, old, b"gptq")()
+
+
+def _rescale(readers: list[Linear], scale: Array) -> None:
+    for quant in dict.fromkeys(linear.weight_quant for linear in readers):
+        assert quant is not None
+        write_grid(quant, dataclasses.replace(grid_of(quant), scale=scale))
 
 
 def _told(rounded: Rounded, part: slice) -> str:
