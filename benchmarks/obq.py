@@ -20,8 +20,9 @@ from qcompiler.frontends import open_source
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linears
 from qcompiler.graph.rules import canonicalise
-from qcompiler.numerics.gptq import gptq, hessian_error
+from qcompiler.numerics.gptq import gptq
 from qcompiler.numerics.grids import Grid, weight_grid
+from qcompiler.numerics.hessian import hessian_error
 from qcompiler.presets import resolve
 
 Double = npt.NDArray[np.float64]

@@ -20,10 +20,9 @@ from qcompiler.core import DataError, OptionError
 from qcompiler.numerics.gptq_beam import eliminate_beam
 from qcompiler.numerics.gptq_scales import refitted_scales
 from qcompiler.numerics.grids import Grid
+from qcompiler.numerics.hessian import damped, hessian_error, inverse_root
 
 Array = npt.NDArray[Any]
-
-_LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,15 +100,18 @@ def gptq(
         scales = _Scales(grid, weight, static=act_order or beam > 1)
         integers = np.empty(weight.shape, np.int32)
         if beam > 1:
-            spread = [np.broadcast_to(a, weight.shape)[order].astype(dtype) for a in scales.found().spread(rows)]
-            integers[order] = eliminate_beam(goal, upper, *spread, (grid.low, grid.high), beam, block_size)
+            scale, zero_point = (
+                np.broadcast_to(array, weight.shape)[order].astype(dtype) for array in scales.found().spread(rows)
+            )
+            limits = grid.low, grid.high
+            integers[order] = eliminate_beam(goal, upper, scale, zero_point, limits, beam, block_size)
         else:
             integers[order] = _eliminate(goal.copy(), upper, scales, order, block_size)
         return integers, scales.found()
 
     integers, found = solve(grid)
     for _ in range(refits):
-        integers, found = _refitted(weight, _damped(hessian, used), integers, found, solve)
+        integers, found = _refitted(weight, damped(hessian, used), integers, found, solve)
     exact = found.in_double()
     nearest = exact.nearest(weight)
     error, nearest_error = (hessian_error(weight, exact.dequantized(q), hessian) for q in (integers, nearest))
@@ -143,53 +145,6 @@ def _refitted(
     best = np.argmin(errors, axis=0)
     scale = np.where(best > 0, np.asarray(fitted.scale), np.asarray(grid.scale))
     return np.where(best == 2, choices[2][0], integers), dataclasses.replace(grid, scale=scale)
-
-
-def hessian_error(weight: Array, approximation: Array, hessian: Array) -> npt.NDArray[np.float64]:
-    """(w - ŵ)ᵀ H (w - ŵ) of each output channel; arrays [in, out], float64 [out]."""
-    difference = np.asarray(weight, np.float64) - approximation
-    return np.einsum("kn,kn->n", difference, hessian @ difference)
-
-
-def inverse_root(hessian: Array, damp: float) -> tuple[npt.NDArray[np.float64], float]:
-    """U, upper triangular, with UᵀU = (H + d · mean(diag H) · I)^-1, and the d that it took: ``damp`` at least.
-
-    Inputs that never fired (a diagonal of 0) count as being of mean size and on their own.
-
-    Raises:
-        DataError: no damping up to ten times the mean diagonal makes the matrix positive definite.
-    """
-    for used in (damp, *(step for step in _LADDER if step > damp)):
-        damped = _damped(hessian, used)
-        try:
-            # H = R Rᵀ with R upper triangular is the Cholesky factorisation of H read backwards, and U = R^-1.
-            root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-            upper = _inverse_of_upper(root)
-        except np.linalg.LinAlgError:
-            continue
-        if np.isfinite(upper).all():
-            return upper, used
-    raise DataError(f"the Hessian is not positive definite, whatever the damping (tried up to {_LADDER[-1]:g}).")
-
-
-def _damped(hessian: Array, damp: float) -> npt.NDArray[np.float64]:
-    damped = np.array(hessian, np.float64)
-    diagonal = np.diag(hessian)
-    mean = float(diagonal[diagonal > 0].mean()) if (diagonal > 0).any() else 1.0
-    damped[np.diag_indices_from(damped)] = np.where(diagonal > 0, diagonal, mean) + damp * mean
-    return damped
-
-
-def _inverse_of_upper(root: Array) -> Array:
-    """The inverse of an upper triangular matrix, by halves: products do the work, a sixth of a general inverse's."""
-    half = len(root) // 2
-    if half < 32:
-        return np.triu(np.linalg.inv(root))
-    inverse = np.zeros_like(root)
-    first, last = (_inverse_of_upper(root[part, part]) for part in (slice(half), slice(half, None)))
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ root[:half, half:]) @ last
-    return inverse
 
 
 def _eliminate(goal: Array, upper: Array, scales: _Scales, order: Array, block_size: int) -> npt.NDArray[np.int32]:

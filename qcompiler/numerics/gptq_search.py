@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompiler.numerics.gptq import Grid, gptq, hessian_error
+from qcompiler.numerics.gptq import gptq
+from qcompiler.numerics.grids import Grid
+from qcompiler.numerics.hessian import hessian_error
 
 Array = npt.NDArray[Any]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.obq import DAMP, obs
-from qcompiler.numerics.gptq import gptq, hessian_error
+from qcompiler.numerics.gptq import gptq
 from qcompiler.numerics.grids import weight_grid
+from qcompiler.numerics.hessian import hessian_error
 from qcompiler.presets import resolve
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.core import DataError, OptionError
-from qcompiler.numerics.gptq import Grid, gptq, hessian_error, inverse_root
+from qcompiler.numerics.gptq import gptq
+from qcompiler.numerics.grids import Grid
+from qcompiler.numerics.hessian import hessian_error, inverse_root
 
 INT8, INT4 = Grid(-127, 127), Grid(-7, 7)
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from qcompiler.core import OptionError
 from qcompiler.numerics import gptq_beam
-from qcompiler.numerics.gptq import Grid, gptq, hessian_error
+from qcompiler.numerics.gptq import gptq
+from qcompiler.numerics.grids import Grid
+from qcompiler.numerics.hessian import hessian_error
 from tests.numerics.test_gptq import problem
 
 

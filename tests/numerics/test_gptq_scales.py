@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompiler.numerics.gptq import gptq, hessian_error
+from qcompiler.numerics.gptq import gptq
 from qcompiler.numerics.gptq_scales import refitted_scales
+from qcompiler.numerics.hessian import hessian_error
 from tests.numerics.test_gptq import problem
 from tests.numerics.test_gptq_beam import grid_for
 
@@ -69,7 +70,10 @@ def test_gptq_in_fitted_scales_errs_less(group_size: int | None, beam: int) -> N
     weight, hessian = problem(rows=64, out=32, samples=500)
     grid = grid_for(weight, group_size)
     errors = np.array(
-        [gptq(weight, hessian, grid, damp=1e-9, beam=beam, refits=refits, keep_nearest=False).error for refits in range(3)]
+        [
+            gptq(weight, hessian, grid, damp=1e-9, beam=beam, refits=refits, keep_nearest=False).error
+            for refits in range(3)
+        ]
     )
     assert (errors[1:] <= errors[:-1] * (1 + 1e-4)).all()
     assert errors[2].sum() < 0.97 * errors[0].sum()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from qcompiler.numerics.gptq import gptq, hessian_error
+from qcompiler.numerics.gptq import gptq
 from qcompiler.numerics.gptq_search import DAMPS, search_damp
 from qcompiler.numerics.grids import Grid
+from qcompiler.numerics.hessian import hessian_error
 
 WEIGHT = np.random.default_rng(0).standard_normal((24, 30))
 GRID = Grid(-7, 7)
