@@ -18,6 +18,7 @@ from qcompiler.budget import Budget, check_budget
 from qcompiler.capability import Capability
 from qcompiler.core import ModelError, OptionError, TargetError
 from qcompiler.frontends import Source, open_data, open_source
+from qcompiler.frontends.builtin import builtin_text
 from qcompiler.frontends.data import Batches
 from qcompiler.frontends.holdout import hold_back
 from qcompiler.frontends.inputs import Inputs
@@ -142,7 +143,8 @@ def run_passes(model: Any, asked: Request, place: Workplace | None = None) -> Qu
             allowed.check(source.kind, float_outputs(source.model))
             search, validation = hold_back(batches, Inputs(source.model), options.seed)
     distill = functools.partial(_distill, options.progress)
-    context = Context(asked.scheme, asked.capability, options.seed, distill=distill)
+    text = functools.partial(_builtin_text, source, options.seq_len, batches)
+    context = Context(asked.scheme, asked.capability, options.seed, distill=distill, text=text)
     work = Pipeline(
         source.model,
         search,
@@ -200,6 +202,12 @@ def default_passes(scheme: Scheme, calibrated: bool) -> str:
     if scheme.outlier_threshold is not None:
         return f"split,{quantize}"
     return f"split,adaptive,{quantize}" if calibrated and scheme.activation is not None else quantize
+
+
+def _builtin_text(source: Source, seq_len: int | None, like: Batches | None) -> list[Feeds]:
+    """The text that comes with qcompiler, in batches as large as the caller's."""
+    size = 1 if like is None else -(-like.samples // like.count)
+    return list(builtin_text(source, seq_len=seq_len, batch_size=size) or ())
 
 
 def _distill(

@@ -32,6 +32,7 @@ class Context:
         seed: for every random choice.
         distill: trains weights; see :data:`Distilled`. The driver gives it, since training stands above the passes.
         data: the calibration feeds, for passes that go through the model piece by piece; None: there are none.
+        text: general text as feeds of the model, for passes that have few samples; empty where the model takes none.
         float_model: the model as it was just before ``insert``, which leaves it here; None before that.
         collect: statistics of another model than the one being rewritten (quantized upstream, say), in one run over the
             calibration data; None: there is no data.
@@ -44,6 +45,7 @@ class Context:
     collect: Callable[[ir.Model, Sequence[StatRequest]], Stats] | None = None
     distill: Distilled | None = None
     data: Iterable[Feeds] | None = None
+    text: Callable[[], Sequence[Feeds]] = tuple
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,13 +41,16 @@ class Distill(Pass):
         steps: batches that are learned from, one update each.
         rate: how far Adam moves a weight in one update at first, in steps of the weight's grid; it falls to 0 along a
             cosine.
-        real: share of the batches that are calibration samples as they are.
+        real: share of the batches that are samples as they are.
+        text: learn from the general text that comes with qcompiler beside the calibration samples, if the model takes
+            text.
     """
 
     name: ClassVar[str] = "distill"
     steps: int = 600
     rate: float = 0.005
     real: float = 0.25
+    text: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -74,7 +77,8 @@ class Distill(Pass):
             start = inside(originals[group[0].name], before[quant], grid_of(quant))
             starts[quant] = write_input(calls[quant.name], 0, start)
         rates = {value.name or "": self.rate * _step(quant) for quant, value in starts.items()}
-        batches = training_batches(model, list(ctx.data), self.real, ctx.seed)
+        data = [*ctx.data, *(ctx.text() if self.text else ())]
+        batches = training_batches(model, data, self.real, ctx.seed)
         learned = ctx.distill(ctx.float_model, student, rates, itertools.islice(batches, self.steps), self.steps)
         edit, notes = Transaction(model.graph), []
         for quant, group in groups.items():

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompiler.calibration.substitutes import substituted, tokens_in
-from qcompiler.calibration.walk import Walk
 from qcompiler.core import DataError, Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
@@ -25,9 +24,12 @@ from qcompiler.graph.run import Feeds
 from qcompiler.graph.transaction import Transaction
 from qcompiler.graph.weights import fake_quantized, grid_of, on_integers, write_grid
 from qcompiler.numerics.affine import integer_range
-from qcompiler.numerics.gptq import Grid, Rounded, gptq
+from qcompiler.numerics.gptq import Rounded, gptq
 from qcompiler.numerics.gptq_search import DAMPS, search_damp
+from qcompiler.numerics.gptq_target import corrected
+from qcompiler.numerics.grids import Grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
+from qcompiler.passes.gptq_inputs import Inputs, Moments, given_grid, quantized, request, spread_out, together
 from qcompiler.passes.reference import float_weights
 from qcompiler.scheme import TensorSpec
 
@@ -53,12 +55,16 @@ class Gptq(Pass):
             samples for fewer. The paper's 0.01 is for 4 bits and 262,144 tokens; with a few thousand tokens, inputs
             that were silent take up all errors for free and then fire on other data.
         folds: parts of the samples for that search.
+        text: below 8 bits, where rows are fewer than 8 times the inputs of the widest Linear, learn from the general
+            text that comes with qcompiler too, if the model takes text.
         copies: of the samples, with random tokens in their places, that together count as much as the samples; None: 4
-            below 8 bits where rows are fewer than 8 times the inputs of the widest Linear, 0 elsewhere.
+            below 8 bits where rows are that few with the text, 0 elsewhere.
         beam: roundings of each output channel that are kept from input to input; None: 8 below 8 bits, else 1, which is
             the paper's.
         refits: times that the scales are fitted to the integers and the integers found anew; None: 2 below 8 bits,
             else 0: the scales stay.
+        correction: share of what earlier rounding did to a Linear's inputs that its weight makes up for
+            (:mod:`qcompiler.numerics.gptq_target`); None: half below 8 bits, else nothing.
         block_size: inputs of a lazy batch; no numbers depend on it.
     """
 
@@ -66,9 +72,11 @@ class Gptq(Pass):
     act_order: bool = True
     damp: float | None = None
     folds: int = 2
+    text: bool = True
     copies: int | None = None
     beam: int | None = None
     refits: int | None = None
+    correction: float | None = None
     block_size: int = 64
 
     def __post_init__(self) -> None:
@@ -82,59 +90,64 @@ class Gptq(Pass):
             raise OptionError(f"gptq{{beam={self.beam}}}: 1 or more roundings are to be kept.")
         if self.refits is not None and self.refits < 0:
             raise OptionError(f"gptq{{refits={self.refits}}}: 0 or more times are wanted.")
+        if self.correction is not None and not 0 <= self.correction <= 1:
+            raise OptionError(f"gptq{{correction={self.correction}}}: a share, from 0 to 1, is wanted.")
 
     def wants(self, model: ir.Model, ctx: Context) -> list[StatRequest]:
-        apart = [group for group in _together(_quantized(model)) if ctx.data is None or _spread_out(group)]
-        return [request for group in apart for request in dict.fromkeys(map(_request, group))]
+        apart = [group for group in together(quantized(model)) if ctx.data is None or spread_out(group)]
+        return [wanted for group in apart for wanted in dict.fromkeys(map(request, group))]
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
         why = "GPTQ solves for integers, and this weight becomes none"
         rest = [linear for linear in linears(model) if fake_quantized(linear) and not on_integers(linear)]
         notes = [Note(linear.name, "rounded to nearest", why) for linear in rest]
         weights = float_weights(model, ctx)
-        groups = _together(_quantized(model))
-        for group in (group for group in groups if ctx.data is None or _spread_out(group)):
-            hessian = sum(stats[request] for request in dict.fromkeys(map(_request, group)))
-            notes += self._round(model, group, np.asarray([hessian]), self._damp(group), weights, ctx)
-        steps = [group for group in groups if ctx.data is not None and not _spread_out(group)]
+        groups = together(quantized(model))
+        for group in (group for group in groups if ctx.data is None or spread_out(group)):
+            hessian = sum(stats[wanted] for wanted in dict.fromkeys(map(request, group)))
+            notes += self._round(model, group, Moments(np.asarray([hessian])), self._damp(group), weights, ctx)
+        steps = [group for group in groups if ctx.data is not None and not spread_out(group)]
         if steps:
             assert ctx.data is not None
             data = list(ctx.data)
-            copies = self._copies(steps, data)
-            walk = Walk(model, [*data, *substituted(model, data, copies, ctx.seed)])
-            weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), copies * len(data))]
-            for group in sorted(steps, key=lambda group: walk.place(_read(group[0]))):
+            if self.text and _few(steps, data):
+                data += ctx.text()
+            copies = (4 if _few(steps, data) else 0) if self.copies is None else self.copies
+            more = list(substituted(model, data, copies, ctx.seed))
+            weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), len(more))]
+            inputs = Inputs(model, ctx.float_model if self._corrects(steps) else None, [*data, *more], weight)
+            for group in inputs.in_order(steps):
                 damp = self._damp(group)
-                hessians = _hessians(walk, group[0], weight, self.folds if damp is None else 1)
-                notes += self._round(model, group, hessians, damp, weights, ctx)
+                moments = inputs.moments(group[0], self.folds if damp is None else 1)
+                notes += self._round(model, group, moments, damp, weights, ctx)
         return PassResult(bool(notes), tuple(notes))
 
     def _damp(self, group: list[Linear]) -> float | None:
         """The damping of Linears of one input; None: it is to be searched."""
-        return DAMPS[-1] if self.damp is None and not _few_bits(_given(group[0])) else self.damp
+        return DAMPS[-1] if self.damp is None and not _few_bits(given_grid(group[0])) else self.damp
 
     def _search(self, linear: Linear) -> dict[str, int]:
         """How far to search for a Linear's integers and scales; int8's one scale a channel stays."""
-        beam, refits = (8, 2) if _few_bits(_given(linear)) else (1, 0)
+        beam, refits = (8, 2) if _few_bits(given_grid(linear)) else (1, 0)
         in_groups = is_call(linear.weight_quant, "FakeQuantBlocks")
         return {
             "beam": beam if self.beam is None else self.beam,
             "refits": (refits if self.refits is None else self.refits) if in_groups else 0,
         }
 
-    def _copies(self, steps: list[list[Linear]], data: Sequence[Feeds]) -> int:
-        """Few rows leave directions unseen, and GPTQ takes from the unseen; any tokens show them."""
-        if self.copies is not None:
-            return self.copies
-        few_bits = any(_few_bits(_given(group[0])) for group in steps)
-        widest = max(group[0].in_features for group in steps)
-        return 4 if few_bits and tokens_in(data) < _ROWS_PER_INPUT * widest else 0
+    def _share(self, linear: Linear) -> float:
+        if self.correction is not None:
+            return self.correction
+        return 0.5 if _few_bits(given_grid(linear)) else 0.0
+
+    def _corrects(self, groups: list[list[Linear]]) -> bool:
+        return any(self._share(group[0]) for group in groups)
 
     def _round(
         self,
         model: ir.Model,
         group: list[Linear],
-        hessians: Array,
+        moments: Moments,
         damp: float | None,
         weights: dict[str, Array],
         ctx: Context,
@@ -143,12 +156,15 @@ class Gptq(Pass):
         distinct = list({linear.weight: linear for linear in group}.values())
         grid = _side_by_side([_grid(linear, ctx) for linear in distinct])
         weight = np.concatenate([weights[linear.name] for linear in distinct], axis=1)
+        hessian = moments.hessians.sum(0)
+        if moments.cross is not None:
+            weight = corrected(weight, hessian, moments.cross, self._share(distinct[0]))
         options: dict[str, Any] = {"act_order": self.act_order, "block_size": self.block_size}
         try:
             if damp is None:
-                damp, _ = search_damp(weight, hessians, grid, **options)
+                damp, _ = search_damp(weight, moments.hessians, grid, **options)
             options |= self._search(distinct[0])
-            rounded = gptq(weight, hessians.sum(0), grid, damp=damp, **options)
+            rounded = gptq(weight, hessian, grid, damp=damp, **options)
         except DataError as error:
             return [Note(linear.name, "rounded to nearest", str(error)) for linear in group]
         values = rounded.values(grid).astype(np.float32)
@@ -166,67 +182,20 @@ class Gptq(Pass):
         return notes
 
 
-def _quantized(model: ir.Model) -> list[Linear]:
-    return [linear for linear in linears(model) if on_integers(linear)]
-
-
-def _read(linear: Linear) -> ir.Value:
-    """What the MatMul reads: the fake-quantized value, if there is one."""
-    read = linear.matmul.inputs[0]
-    assert read is not None
-    return read
-
-
-def _hessians(walk: Walk, linear: Linear, weight: Sequence[float], folds: int) -> npt.NDArray[np.float64]:
-    """XᵀX of what the Linear reads, one for each fold of the samples, float64 [folds, in, in].
-
-    A batch's product is one of float32, half the time of float64; only sums over batches grow long.
-
-    Args:
-        weight: of a row, for each batch; there may be more of them than batches.
-    """
-    hessians = np.zeros((folds, linear.in_features, linear.in_features))
-    for (rows, samples), counts in zip(walk.rows(_read(linear)), weight, strict=False):
-        for fold in range(folds):
-            x = rows[samples % folds == fold] if folds > 1 else rows
-            hessians[fold] += counts * (x.T @ x)
-    return hessians
+def _few(steps: list[list[Linear]], data: Sequence[Feeds]) -> bool:
+    """Whether rows are few: they leave directions unseen then, and GPTQ takes from the unseen."""
+    few_bits = any(_few_bits(given_grid(group[0])) for group in steps)
+    widest = max(group[0].in_features for group in steps)
+    return few_bits and tokens_in(data) < _ROWS_PER_INPUT * widest
 
 
 def _few_bits(grid: Grid) -> bool:
     return grid.high - grid.low <= 16
 
 
-def _request(linear: Linear) -> StatRequest:
-    return StatRequest(_read(linear).name or "", "hessian", -1)
-
-
-def _together(candidates: list[Linear]) -> list[list[Linear]]:
-    """Linears in groups that are solved at once: those that read one value or, if they share weights, those."""
-    shared: dict[ir.Value, list[Linear]] = {}
-    for linear in candidates:
-        shared.setdefault(linear.weight, []).append(linear)
-    groups: dict[tuple[object, ...], list[Linear]] = {}
-    for readers in shared.values():
-        grid = _given(readers[0])
-        layout = grid.low, grid.high, grid.group_size
-        groups.setdefault((*dict.fromkeys(map(_request, readers)), layout), []).extend(readers)
-    return list(groups.values())
-
-
-def _spread_out(group: Sequence[Linear]) -> bool:
-    """Whether its Linears read different values."""
-    return len({_request(linear) for linear in group}) > 1
-
-
-def _given(linear: Linear) -> Grid:
-    assert linear.weight_quant is not None
-    return grid_of(linear.weight_quant)
-
-
 def _grid(linear: Linear, ctx: Context) -> Grid:
     """The weight's grid; int8 by output channel in the integers that are safe on the target."""
-    grid = _given(linear)
+    grid = given_grid(linear)
     if not is_call(linear.weight_quant, "FakeQuant"):
         return grid
     low, high = integer_range(_INT8, ctx.capability.reduce_range)

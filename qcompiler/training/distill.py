@@ -56,7 +56,7 @@ def distill(
     for name in rates:
         learner.weights[name].requires_grad_(True)
     optimizer = torch.optim.Adam(
-        [{"params": [learner.weights[name]], "lr": rate} for name, rate in rates.items()], betas=(0.9, 0.99)
+        [{"params": [learner.weights[name]], "lr": rate} for name, rate in rates.items()], betas=(0.9, 0.99), fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
