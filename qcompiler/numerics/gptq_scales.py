@@ -39,7 +39,7 @@ def refitted_scales(weight: Array, q: Array, hessian: Array, grid: Grid) -> npt.
     for first in range(0, weight.shape[1], _OUTPUTS):
         part = slice(first, first + _OUTPUTS)
         found[:, part] = old[:, part] + _change(weight[:, part], steps[:, part], old[:, part], hessian, starts)
-    scale = np.clip(found, old / _FURTHEST, old * _FURTHEST).astype(np.float32)
+    scale = (old * np.clip(found / old, 1 / _FURTHEST, _FURTHEST)).astype(np.float32)
     return scale if grid.group_size else scale[0]
 
 

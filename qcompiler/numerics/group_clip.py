@@ -13,9 +13,12 @@ from qcompiler.numerics.grids import Grid
 Array = npt.NDArray[Any]
 
 _STEP = 0.05
+_MANY = 256  # inputs of a group: as many as a kernel's groups have at most, so that one scale an output has more
 
 
-def clipped_grid(weight: Array, grid: Grid, importance: Array, shortest: float = 0.7, steps: int | None = None) -> Grid:
+def clipped_grid(
+    weight: Array, grid: Grid, importance: Array, shortest: float | None = None, steps: int | None = None
+) -> Grid:
     """The scales of least Σ importance · (ŵ - w)² for each group, among ranges down to ``shortest`` of the given one.
 
     A symmetric grid of few bits has one number more below zero than above: a negative scale gives it to the other
@@ -25,10 +28,13 @@ def clipped_grid(weight: Array, grid: Grid, importance: Array, shortest: float =
         weight: [in, out].
         grid: with groups and scales [groups, out].
         importance: mean square of each input [in]: by it an error counts at the output.
+        shortest: None: 0.7 for groups of up to 256 inputs, else 0.5: the largest of many weights is further out.
         steps: how many ranges are tried; None: one every 5 % of the full range.
     """
     assert grid.scale is not None
     assert grid.group_size is not None
+    if shortest is None:
+        shortest = 0.7 if grid.group_size <= _MANY else 0.5
     weight = np.asarray(weight, np.float32)
     starts = np.arange(0, len(weight), grid.group_size)
     signs = (1, -1) if grid.low == -grid.high - 1 and not np.any(grid.zero_point) else (1,)

@@ -12,11 +12,8 @@ from qcompiler.core import Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear
 from qcompiler.graph.weights import grid_of, in_groups, write_grid
-from qcompiler.numerics.grids import Grid
 from qcompiler.numerics.group_clip import clipped_grid
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
-
-_MANY = 256  # inputs of a group: as many as a kernel's groups have at most, so that one scale an output has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,7 @@ class ClipWeights(Pass):
             assert weight is not None
             importance = np.mean([stats[_request(linear)] for linear in readers], axis=0)
             before = grid_of(call)
-            after = clipped_grid(weight, before, importance, self._shortest(before))
+            after = clipped_grid(weight, before, importance, self.shortest)
             old, new = (
                 float((np.square(weight - grid.rounded(weight)) * importance[:, None]).sum())
                 for grid in (before, after)
@@ -54,11 +51,6 @@ class ClipWeights(Pass):
             why = f"weighted squared error {new / old:.2f} of the full range's" if old else "no error"
             notes += [Note(linear.name, "clipped by group", why) for linear in readers]
         return PassResult(bool(notes), tuple(notes))
-
-    def _shortest(self, grid: Grid) -> float:
-        if self.shortest is not None:
-            return self.shortest
-        return 0.7 if (grid.group_size or 0) <= _MANY else 0.5
 
 
 def _request(linear: Linear) -> StatRequest:

@@ -27,7 +27,9 @@ from qcompiler.numerics.affine import integer_range
 from qcompiler.numerics.gptq import Rounded, gptq
 from qcompiler.numerics.gptq_search import DAMPS, search_damp
 from qcompiler.numerics.gptq_target import corrected
-from qcompiler.numerics.grids import Grid
+from qcompiler.numerics.grids import Grid, weight_grid
+from qcompiler.numerics.group_clip import clipped_grid
+from qcompiler.passes.annotate import annotated
 from qcompiler.passes.base import Context, Pass, PassResult, Stats
 from qcompiler.passes.gptq_inputs import Inputs, Moments, given_grid, quantized, request, spread_out, together
 from qcompiler.passes.reference import float_weights
@@ -115,7 +117,12 @@ class Gptq(Pass):
             copies = (4 if _few(steps, data) else 0) if self.copies is None else self.copies
             more = list(substituted(model, data, copies, ctx.seed))
             weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), len(more))]
-            inputs = Inputs(model, ctx.float_model if self._corrects(steps) else None, [*data, *more], weight)
+            inputs = Inputs(
+                model,
+                ctx.float_model if any(self._share(group[0]) for group in steps) else None,
+                [*data, *more],
+                weight,
+            )
             for group in inputs.in_order(steps):
                 damp = self._damp(group)
                 moments = inputs.moments(group[0], self.folds if damp is None else 1)
@@ -136,12 +143,10 @@ class Gptq(Pass):
         }
 
     def _share(self, linear: Linear) -> float:
-        if self.correction is not None:
-            return self.correction
-        return 0.5 if _few_bits(given_grid(linear)) else 0.0
-
-    def _corrects(self, groups: list[list[Linear]]) -> bool:
-        return any(self._share(group[0]) for group in groups)
+        """Weights that are corrected leave their range, so only where scales are searched."""
+        if not is_call(linear.weight_quant, "FakeQuantBlocks"):
+            return 0.0
+        return (0.5 if _few_bits(given_grid(linear)) else 0.0) if self.correction is None else self.correction
 
     def _round(
         self,
@@ -154,11 +159,12 @@ class Gptq(Pass):
     ) -> list[Note]:
         """All weights that meet one Hessian at once, side by side."""
         distinct = list({linear.weight: linear for linear in group}.values())
-        grid = _side_by_side([_grid(linear, ctx) for linear in distinct])
-        weight = np.concatenate([weights[linear.name] for linear in distinct], axis=1)
-        hessian = moments.hessians.sum(0)
-        if moments.cross is not None:
-            weight = corrected(weight, hessian, moments.cross, self._share(distinct[0]))
+        hessian, share = moments.hessians.sum(0), self._share(distinct[0])
+        goals, grids = [weights[linear.name] for linear in distinct], [_grid(linear, ctx) for linear in distinct]
+        if moments.cross is not None and share:
+            goals = [corrected(goal, hessian, moments.cross, share) for goal in goals]
+            grids = [_searched(*item, np.diag(hessian)) for item in zip(distinct, goals, strict=True)]
+        weight, grid = np.concatenate(goals, axis=1), _side_by_side(grids)
         options: dict[str, Any] = {"act_order": self.act_order, "block_size": self.block_size}
         try:
             if damp is None:
@@ -175,8 +181,8 @@ class Gptq(Pass):
             part = slice(end - first.out_features, end)
             readers = [linear for linear in group if linear.weight is first.weight]
             _write(edit, readers, values[:, part])
-            if options["refits"]:
-                _rescale(readers, rounded.scale[:, part])
+            if is_call(first.weight_quant, "FakeQuantBlocks"):
+                _rescale(readers, rounded, part)
             notes += [Note(linear.name, "gptq", _told(rounded, part)) for linear in readers]
         edit.inherit_names()
         return notes
@@ -219,10 +225,21 @@ def _write(edit: Transaction, readers: list[Linear], values: npt.NDArray[np.floa
         edit.weight(quant, 0, values, old, b"gptq")()
 
 
-def _rescale(readers: list[Linear], scale: Array) -> None:
+def _searched(linear: Linear, weight: Array, importance: Array) -> Grid:
+    """The grid that ``insert`` and ``clip_weights`` would have given a weight in groups."""
+    spec, _ = annotated(linear)
+    assert spec is not None
+    full = weight_grid(weight, spec)
+    scale, zero_point = (np.reshape(np.asarray(a), (-1, weight.shape[1])) for a in (full.scale, full.zero_point))
+    size = full.group_size or len(weight)
+    return clipped_grid(weight, Grid(full.low, full.high, size, scale, zero_point), importance)
+
+
+def _rescale(readers: list[Linear], rounded: Rounded, part: slice) -> None:
     for quant in dict.fromkeys(linear.weight_quant for linear in readers):
         assert quant is not None
-        write_grid(quant, dataclasses.replace(grid_of(quant), scale=scale))
+        scale, zero_point = rounded.scale[:, part], rounded.zero_point[:, part]
+        write_grid(quant, dataclasses.replace(grid_of(quant), scale=scale, zero_point=zero_point))
 
 
 def _told(rounded: Rounded, part: slice) -> str:
