@@ -37,7 +37,7 @@ class Walk:
 
     def __init__(self, model: ir.Model, batches: Iterable[Feeds], threads: int = 0) -> None:
         self._model = model
-        self._nodes = list(model.graph)
+        self._nodes = list(_constants_late(model.graph))
         self._place = {node: i for i, node in enumerate(self._nodes)}
         self._feeds = [{name: np.asarray(array) for name, array in feeds.items()} for feeds in batches]
         if not self._feeds:
@@ -101,6 +101,33 @@ class Walk:
             value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
             value.shape = ir.Shape([None] * array.ndim)
         return ir.Model(graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
+
+
+def _constants_late(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The nodes, those that compute from constants alone each right before what reads it.
+
+    The fake-quant of a weight may stand long before its MatMul; run at its place, it would show the weight as it was
+    before its turn came.
+    """
+    fed = set(graph.inputs)
+    for node in graph:
+        if any(value in fed for value in _reads(node)):
+            fed.update(node.outputs)
+    waiting = {node for node in graph if not fed.intersection(node.outputs)}
+
+    def due(node: ir.Node) -> Iterator[ir.Node]:
+        for value in _reads(node):
+            producer = value.producer()
+            if producer in waiting:
+                assert producer is not None
+                waiting.remove(producer)
+                yield from due(producer)
+        yield node
+
+    for node in graph:
+        if fed.intersection(node.outputs):
+            yield from due(node)
+    yield from (node for node in graph if node in waiting)
 
 
 def _reads(node: ir.Node) -> Iterator[ir.Value]:

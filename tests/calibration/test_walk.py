@@ -12,7 +12,7 @@ from qcompiler.graph.experts import projections
 from qcompiler.graph.linear import linears
 from qcompiler.graph.run import Runner
 from tests import mixtures
-from tests.passes.blocks import batches, block
+from tests.passes.blocks import batches, block, context, quantize
 
 
 def test_every_value_on_the_way_is_the_whole_runs() -> None:
@@ -39,6 +39,25 @@ def test_weights_that_change_on_the_way_count() -> None:
     [(rows, _)] = walk.rows(by_name["up0"].x)
     expected = Runner(model, [by_name["up0"].x.name])(data[0])[by_name["up0"].x.name]
     np.testing.assert_allclose(rows, expected.reshape(rows.shape), rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_behind_a_fake_quant_may_change_until_its_matmul_runs() -> None:
+    """``insert`` puts the first reader's weight quantizer before the activation's; what it made of the old weight must
+    not be what later rows come from."""
+    ctx, model = context("w4a8{group_size=16}"), block()
+    data = batches(1)
+    quantize(model, ctx, data=data)
+    by_name = {linear.name: linear for linear in linears(model)}
+    walk = Walk(model, data, threads=1)
+    for name, later in (("q0", "up0"), ("up0", "down0")):
+        list(walk.rows(by_name[name].matmul.inputs[0]))
+        quant = by_name[name].weight_quant
+        assert quant is not None
+        write_input(quant, 0, -array_of(quant.inputs[0]))
+        value = by_name[later].matmul.inputs[0]
+        [(rows, _)] = walk.rows(value)
+        expected = Runner(model, [value.name], threads=1)(data[0])[value.name]
+        np.testing.assert_allclose(rows, expected.reshape(rows.shape), rtol=1e-5, atol=1e-5)
 
 
 def test_no_data_is_refused() -> None:
