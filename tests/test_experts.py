@@ -40,7 +40,7 @@ def sqnr_db(model: ir.Model, compiled: qcompiler.CompiledModel) -> float:
 def test_gptq_rounds_each_expert_by_the_rows_that_chose_it() -> None:
     model = mixtures.traced(**EIGHT)
     found = {}
-    for passes in ("annotate,insert,fold", "annotate,insert,gptq,fold", "annotate,insert,clip_weights,gptq,fold"):
+    for passes in ("annotate,insert,fold", "annotate,insert,gptq,fold"):
         compiled = qcompiler.compile(
             model.clone(),
             scheme="w4a16",
@@ -51,9 +51,8 @@ def test_gptq_rounds_each_expert_by_the_rows_that_chose_it() -> None:
         )
         assert {row.kernel for row in compiled.report.rows if row.quantized} == {"QMoE"}
         found[passes] = sqnr_db(model, compiled)
-    nearest, gptq, clipped = found.values()
-    assert gptq > nearest + 2  # 15.7, 19.6 and 21.3 dB
-    assert clipped > gptq + 0.5
+    nearest, gptq = found.values()
+    assert gptq > nearest + 3  # 15.7 and 22.8 dB
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w8a8", "w8a8-dynamic", "w8a8-o2"])
