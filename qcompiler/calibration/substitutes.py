@@ -17,6 +17,7 @@ from qcompiler.graph.run import Feeds
 from qcompiler.graph.tables import rows_indexed
 from qcompiler.numerics.zipf import zipf
 
+_ROWS_PER_INPUT = 8
 _LEAST = 256  # rows of a vocabulary; tables of token types and of small enumerations have fewer
 
 
@@ -87,6 +88,11 @@ def _in_all(arrays: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
     """Tokens that every sample holds."""
     held = [set(np.unique(row).tolist()) for array in arrays for row in array]
     return np.array(sorted(set.intersection(*held)) if held else [], np.int64)
+
+
+def few(batches: Iterable[Feeds], inputs: int) -> bool:
+    """Whether the data leaves directions of a Linear's ``inputs`` unseen that other data will show."""
+    return tokens_in(batches) < _ROWS_PER_INPUT * inputs
 
 
 def tokens_in(batches: Iterable[Feeds]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.calibration.substitutes import training_batches
+from qcompiler.calibration.substitutes import few, training_batches
 from qcompiler.core import DataError, Note, OptionError
 from qcompiler.graph.edit import array_of, write_input
 from qcompiler.graph.transaction import Transaction
@@ -42,8 +42,8 @@ class Distill(Pass):
         rate: how far Adam moves a weight in one update at first, in steps of the weight's grid; it falls to 0 along a
             cosine.
         real: share of the batches that are samples as they are.
-        text: learn from the general text that comes with qcompiler beside the calibration samples, if the model takes
-            text.
+        text: where rows are fewer than 8 times the inputs of the widest Linear, learn from the general text that comes
+            with qcompiler too, if the model takes text.
     """
 
     name: ClassVar[str] = "distill"
@@ -77,7 +77,9 @@ class Distill(Pass):
             start = inside(originals[group[0].name], before[quant], grid_of(quant))
             starts[quant] = write_input(calls[quant.name], 0, start)
         rates = {value.name or "": self.rate * _step(quant) for quant, value in starts.items()}
-        data = [*ctx.data, *(ctx.text() if self.text else ())]
+        data = list(ctx.data)
+        if self.text and few(data, max(group[0].in_features for group in groups.values())):
+            data += ctx.text()
         batches = training_batches(model, data, self.real, ctx.seed)
         learned = ctx.distill(ctx.float_model, student, rates, itertools.islice(batches, self.steps), self.steps)
         edit, notes = Transaction(model.graph), []

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompiler.calibration.substitutes import substituted, tokens_in
+from qcompiler.calibration.substitutes import few, substituted
 from qcompiler.core import DataError, Note, OptionError, StatRequest
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
@@ -36,7 +36,6 @@ from qcompiler.passes.reference import float_weights
 from qcompiler.scheme import TensorSpec
 
 _INT8 = TensorSpec("int8")
-_ROWS_PER_INPUT = 8
 Array = npt.NDArray[Any]
 
 
@@ -189,10 +188,9 @@ class Gptq(Pass):
 
 
 def _few(steps: list[list[Linear]], data: Sequence[Feeds]) -> bool:
-    """Whether rows are few: they leave directions unseen then, and GPTQ takes from the unseen."""
+    """Whether rows are few for few bits: GPTQ takes from directions that it has not seen."""
     few_bits = any(_few_bits(given_grid(group[0])) for group in steps)
-    widest = max(group[0].in_features for group in steps)
-    return few_bits and tokens_in(data) < _ROWS_PER_INPUT * widest
+    return few_bits and few(data, max(group[0].in_features for group in steps))
 
 
 def _few_bits(grid: Grid) -> bool:
