@@ -39,6 +39,7 @@ from tokenizers import Tokenizer
 import qcompiler
 from qcompiler.graph.linear import linears
 
+PAPER = "gptq{beam=1,refits=0,correction=0,text=false,copies=0}"
 METHODS = {
     "RTN": "annotate,insert,fold",
     "RTN, clipped groups": "annotate,insert,clip_weights,fold",
@@ -50,8 +51,10 @@ METHODS = {
     "GPTQ, clipped groups": "annotate,insert,clip_weights,gptq,fold",
     "AWQ, GPTQ, clipped groups": "awq,annotate,insert,clip_weights,gptq,fold",
     "GPTQ, clipped groups, distilled": "annotate,insert,clip_weights,gptq,distill{steps=300},fold",
-    "split, adaptive, GPTQ, clipped groups": "split,adaptive,annotate,insert,clip_weights,gptq,fold",
-    "the same, distilled for long": "split,adaptive,annotate,insert,clip_weights,gptq,distill{steps=1500},fold",
+    "the paper's GPTQ, on the samples alone": f"annotate,insert,clip_weights,{PAPER},fold",
+    "GPTQ, on the samples alone": "split,adaptive,reorder,annotate,insert,clip_weights,gptq{text=false},fold",
+    "the default": "split,adaptive,reorder,annotate,insert,clip_weights,gptq,fold",
+    "the default, distilled for long": "split,adaptive,reorder,annotate,insert,clip_weights,gptq,distill{steps=1500},fold",
 }
 
 
