@@ -54,7 +54,7 @@ METHODS = {
     "the paper's GPTQ, on the samples alone": f"annotate,insert,clip_weights,{PAPER},fold",
     "GPTQ, on the samples alone": "split,adaptive,reorder,annotate,insert,clip_weights,gptq{text=false},fold",
     "the default": "split,adaptive,reorder,annotate,insert,clip_weights,gptq,fold",
-    "the default, distilled for long": "split,adaptive,reorder,annotate,insert,clip_weights,gptq,distill{steps=1500},fold",
+    "the default, distilled": "split,adaptive,reorder,annotate,insert,clip_weights,gptq,distill{steps=500},fold",
 }
 
 

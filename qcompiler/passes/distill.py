@@ -27,6 +27,7 @@ from qcompiler.passes.reference import float_weights
 
 Array = npt.NDArray[Any]
 
+_REAL, _FEW_REAL = 0.7, 0.25  # of the batches
 _EDGE = 0.45  # of a step from an integer: half a step away the next one begins
 
 
@@ -41,15 +42,16 @@ class Distill(Pass):
         steps: batches that are learned from, one update each.
         rate: how far Adam moves a weight in one update at first, in steps of the weight's grid; it falls to 0 along a
             cosine.
-        real: share of the batches that are samples as they are.
+        real: share of the batches that are samples as they are; None: 0.7, or 0.25 where rows are few and no text is
+            there.
         text: where rows are fewer than 8 times the inputs of the widest Linear, learn from the general text that comes
             with qcompiler too, if the model takes text.
     """
 
     name: ClassVar[str] = "distill"
     steps: int = 600
-    rate: float = 0.005
-    real: float = 0.25
+    rate: float = 0.002
+    real: float | None = None
     text: bool = True
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class Distill(Pass):
             raise OptionError(f"distill{{steps={self.steps}}}: one step at least is wanted.")
         if not 0 < self.rate < 1:
             raise OptionError(f"distill{{rate={self.rate}}}: a part of a step is wanted, 0.001 to 0.01 as a rule.")
-        if not 0 <= self.real <= 1:
+        if self.real is not None and not 0 <= self.real <= 1:
             raise OptionError(f"distill{{real={self.real}}}: a share of the batches, from 0 to 1, is wanted.")
 
     def run(self, model: ir.Model, stats: Stats, ctx: Context) -> PassResult:
@@ -77,10 +79,10 @@ class Distill(Pass):
             start = inside(originals[group[0].name], before[quant], grid_of(quant))
             starts[quant] = write_input(calls[quant.name], 0, start)
         rates = {value.name or "": self.rate * _step(quant) for quant, value in starts.items()}
-        data = list(ctx.data)
-        if self.text and few(data, max(group[0].in_features for group in groups.values())):
-            data += ctx.text()
-        batches = training_batches(model, data, self.real, ctx.seed)
+        data, widest = list(ctx.data), max(group[0].in_features for group in groups.values())
+        text = ctx.text() if self.text and few(data, widest) else ()
+        real = (_FEW_REAL if few(data, widest) and not text else _REAL) if self.real is None else self.real
+        batches = training_batches(model, [*data, *text], real, ctx.seed)
         learned = ctx.distill(ctx.float_model, student, rates, itertools.islice(batches, self.steps), self.steps)
         edit, notes = Transaction(model.graph), []
         for quant, group in groups.items():

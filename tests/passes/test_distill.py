@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompiler.calibration.substitutes import training_batches
 from qcompiler.core import DataError, OptionError
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import linears
@@ -111,6 +112,25 @@ def noise(model: ir.Model, ctx: Context) -> float:
     exact, rounded = Runner(ctx.float_model, threads=1), Runner(model, threads=1)
     pairs = [(exact(feeds)[name], rounded(feeds)[name]) for feeds in batches(8, seed=77) for name in ("y", "logits")]
     return sum(float(np.square(want - got).sum()) for want, got in pairs)
+
+
+def test_few_samples_are_joined_by_text_and_without_it_are_mostly_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def watched(model: ir.Model, data: list[Any], real: float, seed: int) -> Any:
+        asked.append((len(data), real))
+        return training_batches(model, data, real, seed)
+
+    monkeypatch.setattr("qcompiler.passes.distill.training_batches", watched)
+    for samples, text in ((1, 0), (1, 3), (40, 3)):
+        model, ctx = inserted(SCHEME)
+        ctx.data, general = batches(samples), batches(text) if text else []
+        ctx.text = lambda general=general: general
+        ctx.distill = lambda teacher, student, rates, feeds, steps: {
+            name: array_of(student.graph.initializers[name]) for name in rates
+        }
+        Distill(steps=1).run(model, {}, ctx)
+    assert asked == [(1, 0.25), (4, 0.7), (40, 0.7)]
 
 
 def test_the_same_seed_learns_the_same() -> None:
