@@ -58,8 +58,8 @@ class Gptq(Pass):
         folds: parts of the samples for that search.
         text: below 8 bits, where rows are fewer than 8 times the inputs of the widest Linear, learn from the general
             text that comes with qcompiler too, if the model takes text.
-        copies: of the samples, with random tokens in their places, that together count as much as the samples; None: 4
-            below 8 bits where rows are that few with the text, 0 elsewhere.
+        copies: of the samples, with random tokens in their places, that together count as much as the samples; None: 10
+            below 8 bits where rows are that few, 4 beside the text, 0 elsewhere.
         beam: roundings of each output channel that are kept from input to input; None: 8 below 8 bits, else 1, which is
             the paper's.
         refits: times that the scales are fitted to the integers and the integers found anew; None: 2 below 8 bits,
@@ -111,9 +111,11 @@ class Gptq(Pass):
         if steps:
             assert ctx.data is not None
             data = list(ctx.data)
-            if self.text and _few(steps, data):
-                data += ctx.text()
-            copies = (4 if _few(steps, data) else 0) if self.copies is None else self.copies
+            text = ctx.text() if self.text and _few(steps, data) else ()
+            data += text
+            copies = self.copies
+            if copies is None:
+                copies = (4 if text else 10) if _few(steps, data) else 0
             more = list(substituted(model, data, copies, ctx.seed))
             weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), len(more))]
             inputs = Inputs(
