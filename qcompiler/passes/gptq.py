@@ -117,6 +117,9 @@ class Gptq(Pass):
             if copies is None:
                 copies = (4 if text else 10) if _few(steps, data) else 0
             more = list(substituted(model, data, copies, ctx.seed))
+            if text or more:
+                why = f"{len(text)} batches of general text, {copies if more else 0} copies with other tokens"
+                notes.append(Note("calibration", "gptq has few samples", f"it learns too from {why}"))
             weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), len(more))]
             inputs = Inputs(
                 model,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qcompiler.report.data import LinearRow, Report
 
+_TOLD = ("calibration", "max_drop")  # decisions about the whole model
 _HEADER = ("Linear", "shape", "weight", "activation", "kernel", "SQNR dB", "alone dB", "transform / reason")
 
 
@@ -25,7 +26,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
         lines.append(("integer coverage", f"{report.coverage_body:.1%}{head}"))
     for name, value in report.output_sqnr_db.items():
         lines.append((f"SQNR of {name}", f"{value:.1f} dB ({report.samples} calibration samples)"))
-    lines += [(note.node, f"{note.what}: {note.why}") for note in report.notes if note.node == "max_drop"]
+    lines += [(note.node, f"{note.what}: {note.why}") for note in report.notes if note.node in _TOLD]
     if report.seconds:
         stages = ", ".join(f"{name} {took:.1f}" for name, took in report.seconds.items())
         lines.append(("seconds", f"{sum(report.seconds.values()):.1f} ({stages})"))

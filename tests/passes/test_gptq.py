@@ -244,7 +244,8 @@ def test_general_text_is_learned_from_where_samples_are_few() -> None:
         own = context("w4a16{group_size=8}")
         own.data, own.text = data, lambda: asked.append(len(data)) or correlated(2, 7)
         inserted(fresh, own, data)
-        Gptq(text=text).run(fresh, {}, own)
+        result = Gptq(text=text).run(fresh, {}, own)
+        assert (result.notes[0].node == "calibration") == (text and data is few)
         return array_of(linear_named(fresh, "a").weight)
 
     assert not np.array_equal(rounded(few, True), rounded(few, False))
