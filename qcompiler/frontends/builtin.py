@@ -1,6 +1,6 @@
 """Text that comes with qcompiler: general English for passes that would learn too much from few samples.
 
-News, advice, encyclopedia, captions, instructions, small talk, in equal parts: 275 sentences, written for this purpose.
+News, advice, encyclopedia, captions, instructions, small talk: 275 sentences, written for this purpose.
 exllamav2 (``standard_cal_data``) and llama.cpp's users calibrate on such a mixture alone; here it stands beside the
 caller's samples.
 """

@@ -2,7 +2,7 @@
 
 The float weights behind the fake-quants are trained with a straight-through gradient (Bengio et al. 2013), scales and
 zero points as they stand, so that the outputs and every norm's output come near the float model's. The float model
-labels any input, so most are made up (data-free distillation, Liu et al. 2023, LLM-QAT, section 3.1; there a language
+labels any input, so some are made up (data-free distillation, Liu et al. 2023, LLM-QAT, section 3.1; there a language
 model writes them, here tokens of the calibration samples are replaced): a few thousand would be learned by heart.
 """
 

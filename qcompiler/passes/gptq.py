@@ -7,7 +7,6 @@ before it have been rounded.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -41,11 +40,11 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Gptq(Pass):
-    """Replace each fake-quantized Linear's weight by what GPTQ makes of it, in the scales that stand in the graph.
+    """Replace each fake-quantized Linear's weight by what GPTQ makes of it.
 
-    It runs after ``insert``. The rounded weights are written as float numbers, (q - zero_point) · scale, from which
-    ``fold`` gets back the same q. Linears that read one value share one Hessian; those that share a weight share its
-    rounding.
+    It runs after ``insert``. Below 8 bits scales are found anew (``refits``, ``correction``); with 0 for both, those in
+    the graph stay. The rounded weights are written as float numbers, (q - zero_point) · scale, from which ``fold`` gets
+    back the same q. Linears that read one value share one Hessian; those that share a weight share its rounding.
 
     The model is run once, piece by piece: when a Linear's input is observed, all Linears before it are rounded already.
     Only Linears that share a weight between different inputs are rounded beforehand, from one run of the whole model.
@@ -109,29 +108,31 @@ class Gptq(Pass):
             notes += self._round(model, group, Moments(np.asarray([hessian])), self._damp(group), weights, ctx)
         steps = [group for group in groups if ctx.data is not None and not spread_out(group)]
         if steps:
-            assert ctx.data is not None
-            data = list(ctx.data)
-            text = ctx.text() if self.text and _few(steps, data) else ()
-            data += text
-            copies = self.copies
-            if copies is None:
-                copies = (4 if text else 10) if _few(steps, data) else 0
-            more = list(substituted(model, data, copies, ctx.seed))
-            if text or more:
-                why = f"{len(text)} batches of general text, {copies if more else 0} copies with other tokens"
-                notes.append(Note("calibration", "gptq has few samples", f"it learns too from {why}"))
-            weight = [*itertools.repeat(1.0, len(data)), *itertools.repeat(1 / max(copies, 1), len(more))]
-            inputs = Inputs(
-                model,
-                ctx.float_model if any(self._share(group[0]) for group in steps) else None,
-                [*data, *more],
-                weight,
-            )
+            beside = ctx.float_model if any(self._share(group[0]) for group in steps) else None
+            batches, weight, told = self._samples(model, steps, ctx)
+            notes += told
+            inputs = Inputs(model, beside, batches, weight)
             for group in inputs.in_order(steps):
                 damp = self._damp(group)
                 moments = inputs.moments(group[0], self.folds if damp is None else 1)
                 notes += self._round(model, group, moments, damp, weights, ctx)
         return PassResult(bool(notes), tuple(notes))
+
+    def _samples(
+        self, model: ir.Model, steps: list[list[Linear]], ctx: Context
+    ) -> tuple[list[Feeds], list[float], list[Note]]:
+        """The batches to learn from, how much each counts, and a note where they are more than the caller's."""
+        data = list(ctx.data or ())
+        text = ctx.text() if self.text and _few(steps, data) else ()
+        data += text
+        enough = 0 if not _few(steps, data) else 4 if text else 10
+        copies = enough if self.copies is None else self.copies
+        more = list(substituted(model, data, copies, ctx.seed))
+        why = (
+            f"it learns too from {len(text)} batches of general text, {copies if more else 0} copies with other tokens"
+        )
+        notes = [Note("calibration", "gptq has few samples", why)] if text or more else []
+        return [*data, *more], [*[1.0] * len(data), *[1 / max(copies, 1)] * len(more)], notes
 
     def _damp(self, group: list[Linear]) -> float | None:
         """The damping of Linears of one input; None: it is to be searched."""
