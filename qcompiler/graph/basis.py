@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.functions import is_call
-from qcompiler.graph.stream_ends import conv_behind, is_norm, moves, width
+from qcompiler.graph.stream_ends import connected, conv_behind, is_norm, moves, width
 
 _SHAPES = frozenset({"Shape", "Size"})
 _REDUCTIONS = frozenset(
@@ -84,17 +84,10 @@ class _Walk:
     def __init__(self, graph: ir.Graph, start: ir.Value) -> None:
         self.graph, self.start = graph, start
         self.channels = width(start) or 0
-        self.members: dict[ir.Value, None] = {start: None}
         self.ends: dict[End, None] = {}
         self.readers: set[ir.Node] = set()
         self.refused: dict[str, None] = {}
-        pending = [start]
-        while pending:
-            value = pending.pop()
-            for other in (*self._behind(value), *self._ahead(value)):
-                if other not in self.members:
-                    self.members[other] = None
-                    pending.append(other)
+        self.members = connected(start, lambda value: (*self._behind(value), *self._ahead(value)))
 
     def basis(self) -> Basis:
         return Basis(

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.graph.edit import array_of
 from qcompiler.graph.linear import Linear, linears
-from qcompiler.graph.stream_ends import adds_positions, conv_behind, is_norm, is_table, moves, width
+from qcompiler.graph.stream_ends import adds_positions, connected, conv_behind, is_norm, is_table, moves, width
 
 _SHAPES = ("Shape", "Size")
 
@@ -117,18 +117,11 @@ class _Walk:
     def __init__(self, graph: ir.Graph, made_by: Mapping[ir.Value, Linear], start: ir.Value) -> None:
         self.graph, self.made_by = graph, made_by
         self.channels = width(start) or 0
-        self.members: dict[ir.Value, None] = {start: None}
         self.writers: list[Writer] = []
         self.norms: list[NormReader] = []
         self.sums = 0
         self.refused: dict[str, None] = {}
-        pending = [start]
-        while pending:
-            value = pending.pop()
-            for other in (*self._behind(value), *self._ahead(value)):
-                if other not in self.members:
-                    self.members[other] = None
-                    pending.append(other)
+        self.members = connected(start, lambda value: (*self._behind(value), *self._ahead(value)))
 
     def stream(self) -> Stream:
         order = {value: i for i, value in enumerate(value for node in self.graph for value in node.outputs)}

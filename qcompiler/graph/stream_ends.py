@@ -1,6 +1,8 @@
-"""What may lie at the ends of a residual stream: norms that read it; tables and convolutions that write it."""
+"""What a residual stream is made of: connected values, norms that read it, tables and convolutions that write it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
@@ -9,6 +11,18 @@ from qcompiler.graph.functions import is_call
 from qcompiler.graph.rules.patterns import axes_of
 
 _MOVES = ("Identity", "Slice", "Gather", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Expand")
+
+
+def connected(start: ir.Value, beside: Callable[[ir.Value], Iterable[ir.Value]]) -> dict[ir.Value, None]:
+    """All values that are reached from one, in the order found; ``beside`` tells a value's own, and is asked once."""
+    members: dict[ir.Value, None] = {start: None}
+    pending = [start]
+    while pending:
+        for other in beside(pending.pop()):
+            if other not in members:
+                members[other] = None
+                pending.append(other)
+    return members
 
 
 def norm_parts(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None, float]:
